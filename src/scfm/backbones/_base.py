@@ -1,0 +1,309 @@
+"""The contract of every backbone, and the registry of backbone classes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
+
+import torch
+
+from .._errors import UnsupportedError
+from .._settings import Precision, settings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import numpy as np
+    from scipy.sparse import csr_matrix
+    from torch import Tensor, nn
+
+    from ..checkpoints.convert import LoadReport
+    from ..genes import GeneMatch, GeneVocab
+    from ._tokens import TokenBatch
+
+CAPABILITIES = {
+    "embeds": "cell embeddings",
+    "gene_embeddings": "static gene embeddings",
+    "gene_states": "contextual gene embeddings",
+    "reconstructs": "reconstructed expression",
+    "attends": "attention maps",
+    "generates": "generation of expression from a prompt",
+    "enhances_depth": "read-depth enhancement",
+    "pretrains": "a pre-training objective",
+}
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where weights come from; stored with every result."""
+
+    id: str
+    path: str = ""
+    sha256: str = ""
+    licence: str = ""
+    citation: str = ""
+    weights: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Checkpoint:
+    """What a backbone's reader returns: everything needed to build the network and fill it."""
+
+    config: Any
+    vocab: GeneVocab
+    state_dict: dict[str, Tensor]
+    report: LoadReport
+    weights: str = ""
+
+
+class Backbone(ABC):
+    """A foundation model ready for inference.
+
+    Built by :func:`scfm.load`. All methods are batched and give the same numbers for a cell whatever other cells
+    are in the batch.
+
+    Attributes
+    ----------
+    config
+        Frozen dataclass with every hyper-parameter.
+    vocab
+        The genes of the model, :class:`scfm.genes.GeneVocab`.
+    module
+        The :class:`torch.nn.Module`.
+    load_report
+        Which keys of the checkpoint went where, :class:`scfm.checkpoints.LoadReport`.
+    provenance
+        Checkpoint id, SHA-256, licence, citation.
+    """
+
+    kind: ClassVar[str]
+    capabilities: ClassVar[frozenset[str]]
+    poolings: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: Any,
+        vocab: GeneVocab,
+        *,
+        name: str,
+        load_report: LoadReport,
+        provenance: Provenance | None = None,
+    ) -> None:
+        self.module = module.eval().requires_grad_(requires_grad=False)
+        self.config = config
+        self.vocab = vocab
+        self.name = name
+        self.load_report = load_report
+        self.provenance = provenance or Provenance(id=name)
+
+    # -- what a backbone class implements ------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def recognizes(cls, directory: Path) -> bool:
+        """Whether ``directory`` holds an official checkpoint of this model."""
+
+    @classmethod
+    @abstractmethod
+    def read_official(cls, directory: Path, **options: Any) -> Checkpoint:
+        """Read an official checkpoint without executing code from it."""
+
+    @classmethod
+    @abstractmethod
+    def config_from_dict(cls, values: dict[str, Any]) -> Any:
+        """Rebuild the config from what :meth:`config_to_dict` wrote."""
+
+    def config_to_dict(self) -> dict[str, Any]:
+        """Config as JSON-writable values."""
+        return asdict(self.config)
+
+    @classmethod
+    @abstractmethod
+    def build(cls, config: Any, vocab: GeneVocab) -> nn.Module:
+        """Make the network with fresh (random) weights."""
+
+    @abstractmethod
+    def tokenize(self, counts: csr_matrix, genes: Sequence[str] | np.ndarray | GeneMatch, **options: Any) -> TokenBatch:
+        """Turn counts of known genes into tokens."""
+
+    @abstractmethod
+    def batch(self, *arrays: Any, **options: Any) -> TokenBatch:
+        """Build a token batch from arrays for people who tokenise themselves."""
+
+    @abstractmethod
+    def embedding_dim(self, pooling: str | None = None) -> int:
+        """Width of :meth:`embed`."""
+
+    def prepare(self, blocks: Any, match: GeneMatch, options: dict[str, Any]) -> dict[str, Any]:
+        """Complete tokenizer options that depend on the whole data set; ``blocks`` yields CSR blocks."""
+        return options
+
+    def _embed(self, tokens: TokenBatch, pooling: str) -> Tensor: ...
+    def _gene_embeddings(self) -> Tensor: ...
+    def _gene_states(self, tokens: TokenBatch, **options: Any) -> Any: ...
+    def _reconstruct(self, tokens: TokenBatch, **options: Any) -> Tensor: ...
+    def _attention(self, tokens: TokenBatch, layer: int, **options: Any) -> Tensor: ...
+    def _pretraining_loss(self, tokens: TokenBatch, generator: torch.Generator, **options: Any) -> Any: ...
+
+    # -- what everybody calls ------------------------------------------------------------------------------------
+
+    @property
+    def default_pooling(self) -> str:
+        """The pooling the authors use."""
+        return self.poolings[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the weights."""
+        return next(p.dtype for p in self.module.parameters() if p.is_floating_point())
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of parameters."""
+        return sum(p.numel() for p in self.module.parameters())
+
+    def to(self, device: str = "auto", precision: Precision = "auto") -> Backbone:
+        """Move to a device and floating-point type, in place; returns the backbone itself."""
+        device = resolve_device(device)
+        self.module.to(device=device, dtype=resolve_dtype(precision, device))
+        return self
+
+    def check_pooling(self, pooling: str | None) -> str:
+        """Return a valid pooling name or raise ``ValueError``."""
+        pooling = self.default_pooling if pooling is None else pooling
+        if pooling not in self.poolings:
+            msg = f"{self.kind} has no pooling {pooling!r}; choose one of {', '.join(self.poolings)}"
+            raise ValueError(msg)
+        return pooling
+
+    def require(self, capability: str) -> None:
+        """Raise :class:`scfm.UnsupportedError` unless the model has ``capability``."""
+        if capability not in self.capabilities:
+            able = [kind for kind in backbone_kinds() if capability in backbone_class(kind).capabilities]
+            msg = f"{self.name} ({self.kind}) cannot give {CAPABILITIES.get(capability, capability)}. Models that can: {', '.join(able) or 'none'}."
+            raise UnsupportedError(msg)
+
+    @torch.inference_mode()
+    def embed(self, tokens: TokenBatch, *, pooling: str | None = None) -> Tensor:
+        """Cell embeddings, float32, shape ``(cells, dim)``; NaN rows for cells without any usable token."""
+        self.require("embeds")
+        pooling = self.check_pooling(pooling)
+        return self._with_nan(tokens, lambda valid: self._embed(valid, pooling), self.embedding_dim(pooling))
+
+    @torch.inference_mode()
+    def gene_embeddings(self) -> Tensor:
+        """Static gene embeddings, float32, shape ``(len(vocab), dim)``; row ``i`` belongs to id ``i``."""
+        self.require("gene_embeddings")
+        return self._gene_embeddings().float()
+
+    @torch.inference_mode()
+    def gene_states(self, tokens: TokenBatch, **options: Any) -> Any:
+        """Contextual gene embeddings; see the documentation of the model for the shape."""
+        self.require("gene_states")
+        return self._gene_states(tokens.to(self.device), **options)
+
+    @torch.inference_mode()
+    def reconstruct(self, tokens: TokenBatch, **options: Any) -> Any:
+        """Predicted expression; see the documentation of the model for the shape and the scale."""
+        self.require("reconstructs")
+        return self._reconstruct(tokens.to(self.device), **options)
+
+    @torch.inference_mode()
+    def attention(self, tokens: TokenBatch, layer: int = -1, **options: Any) -> Any:
+        """Attention maps of one layer; see the documentation of the model for the shape."""
+        self.require("attends")
+        return self._attention(tokens.to(self.device), layer, **options)
+
+    def pretraining_loss(self, tokens: TokenBatch, generator: torch.Generator | None = None, **options: Any) -> Any:
+        """The paper's pre-training objective; the random part is drawn from ``generator``."""
+        self.require("pretrains")
+        return self._pretraining_loss(tokens.to(self.device), generator, **options)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Save weights, config, vocabulary and provenance to a directory that :func:`scfm.load` reads."""
+        from ..checkpoints import store
+
+        return store.save_backbone(self, path, overwrite=overwrite)
+
+    def _with_nan(self, tokens: TokenBatch, run: Any, dim: int) -> Tensor:
+        tokens = tokens.to(self.device)
+        if tokens.valid is None or bool(tokens.valid.all()):
+            return run(tokens).float() if len(tokens) else torch.empty(0, dim, device=self.device)
+        rows = torch.nonzero(tokens.valid).squeeze(1)
+        out = torch.full((len(tokens), dim), torch.nan, device=self.device)
+        if rows.numel():
+            out[rows] = run(tokens.select(rows.cpu())).float()
+        return out
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.name!r}: {self.n_parameters / 1e6:.1f} M parameters, "
+            f"{len(self.vocab):,} vocabulary entries, {self.dtype}, {self.device})".replace("torch.", "")
+        )
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """Turn ``"auto"`` into CUDA, MPS or CPU; check that a named device exists."""
+    if device == "auto":
+        device = settings.device
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        if torch.backends.mps.is_available():
+            return torch.device("mps")
+        return torch.device("cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        msg = f"unknown device {device!r}; use 'auto', 'cpu', 'cuda', 'cuda:1', 'mps' ..."
+        raise ValueError(msg) from None
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(resolved.type)
+    if available is not None and not available():
+        msg = f"device {device!r} was asked for, but torch sees no such device here; use device='cpu' or 'auto'"
+        raise ValueError(msg)
+    return resolved
+
+
+def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Turn a precision name into a torch type; ``"auto"`` is float32 except on CUDA (bfloat16)."""
+    if precision not in get_args(Precision):
+        msg = f"unknown precision {precision!r}; use one of {', '.join(get_args(Precision))}"
+        raise ValueError(msg)
+    if precision == "auto":
+        precision = settings.precision
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return _DTYPES[precision]
+
+
+@cache
+def _entry_points() -> dict[str, Any]:
+    return {point.name: point for point in entry_points(group="scfm.backbones")}
+
+
+def backbone_kinds() -> list[str]:
+    """Names of all installed backbone classes."""
+    return sorted(_entry_points())
+
+
+@cache
+def backbone_class(kind: str) -> type[Backbone]:
+    """The class registered under ``kind`` in the entry-point group ``scfm.backbones``."""
+    points = _entry_points()
+    if kind not in points:
+        msg = f"no backbone class {kind!r} is installed; there are {', '.join(sorted(points)) or 'none'}"
+        raise KeyError(msg)
+    return points[kind].load()

@@ -1,0 +1,131 @@
+"""Key tables: from the names in an official file to the names in our networks, with nothing left unsaid."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from .._errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KeyRule:
+    r"""One row of a key table.
+
+    Parameters
+    ----------
+    pattern
+        Regular expression that has to match a whole upstream key.
+    target
+        Template of our key (``\1`` refers to groups); ``None`` drops the key on purpose.
+    reason
+        Why a key is dropped.
+    """
+
+    pattern: str
+    target: str | None
+    reason: str = ""
+
+
+@dataclass
+class LoadReport:
+    """What happened to every key of a checkpoint."""
+
+    loaded: list[str] = field(default_factory=list)
+    renamed: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    reshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every weight of the network was filled and no key was left without a rule."""
+        return not (self.missing or self.unexpected or self.reshaped)
+
+    def raise_for_errors(self, what: str) -> None:
+        """Raise :class:`scfm.CheckpointError` if the report is not :attr:`ok`."""
+        if self.ok:
+            return
+        parts = []
+        if self.unexpected:
+            parts.append(f"keys that no rule knows: {_some(self.unexpected)}")
+        if self.missing:
+            parts.append(f"weights missing from the file: {_some(self.missing)}")
+        if self.reshaped:
+            shapes = [f"{k} is {was} in the file, {want} in the model" for k, (was, want) in self.reshaped.items()]
+            parts.append(f"shapes that differ: {_some(shapes)}")
+        msg = f"{what} does not fit the model. " + "; ".join(parts)
+        raise CheckpointError(msg)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.loaded)} tensors loaded, {len(self.renamed)} of them renamed"]
+        lines += [f"dropped on purpose: {key} ({reason})" for key, reason in self.dropped.items()]
+        for title in ("missing", "unexpected"):
+            if keys := getattr(self, title):
+                lines.append(f"{title}: {_some(keys)}")
+        if self.reshaped:
+            lines.append(f"reshaped: {_some(self.reshaped)}")
+        return "\n".join(lines)
+
+
+def _some(names: Iterable[str], n: int = 5) -> str:
+    names = list(names)
+    more = f" and {len(names) - n} more" if len(names) > n else ""
+    return ", ".join(names[:n]) + more
+
+
+def rename(state: Mapping[str, Tensor], rules: Sequence[KeyRule]) -> tuple[dict[str, Tensor], LoadReport]:
+    """Apply a key table; the first rule that matches a key decides.
+
+    Returns
+    -------
+    The tensors under our names, and a report in which keys that no rule matched stand as ``unexpected``.
+    """
+    compiled = [(re.compile(rule.pattern), rule) for rule in rules]
+    out: dict[str, Tensor] = {}
+    report = LoadReport()
+    for key, tensor in state.items():
+        for pattern, rule in compiled:
+            if match := pattern.fullmatch(key):
+                break
+        else:
+            report.unexpected.append(key)
+            continue
+        if rule.target is None:
+            report.dropped[key] = rule.reason
+            continue
+        target = match.expand(rule.target)
+        if target in out:
+            msg = f"two keys of the file, one of them {key!r}, both map to {target!r}"
+            raise CheckpointError(msg)
+        out[target] = tensor
+        report.loaded.append(target)
+        if target != key:
+            report.renamed[key] = target
+    return out, report
+
+
+def check_against(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], report: LoadReport, *, optional: Sequence[str] = ()
+) -> LoadReport:
+    """Compare renamed tensors with a network's state dict; fills ``missing``, ``unexpected`` and ``reshaped``.
+
+    ``optional`` holds regular expressions of network keys that a file may lack.
+    """
+    optional_patterns = [re.compile(pattern) for pattern in optional]
+    for key, tensor in state.items():
+        if key not in expected:
+            report.unexpected.append(key)
+        elif tuple(tensor.shape) != tuple(expected[key].shape):
+            report.reshaped[key] = (tuple(tensor.shape), tuple(expected[key].shape))
+    report.missing += [
+        key for key in expected if key not in state and not any(p.fullmatch(key) for p in optional_patterns)
+    ]
+    return report

@@ -10,11 +10,11 @@ from typing import Literal
 from . import _logging
 
 Device = str
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Precision = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"", "0", "false", "no", "off"}
-_PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+_PRECISIONS = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 def _env_flag(name: str) -> bool:
@@ -58,8 +58,8 @@ class Settings:
     device
         ``"auto"`` (CUDA, then MPS, then CPU) or a torch device string. Environment: ``SCFM_DEVICE``.
     precision
-        ``"auto"`` (float32 on CPU and MPS, bfloat16 on CUDA), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-        Environment: ``SCFM_PRECISION``.
+        ``"auto"`` (float32 on CPU and MPS, bfloat16 on CUDA), ``"float32"``, ``"bfloat16"``,
+        ``"float16"`` or ``"float64"``. Environment: ``SCFM_PRECISION``.
     batch_size
         Largest number of cells in one forward pass; ``None`` leaves it to the token budget of the engine.
         Environment: ``SCFM_BATCH_SIZE``.

@@ -36,7 +36,7 @@ CAPABILITIES = {
     "pretrains": "a pre-training objective",
 }
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Backbone(ABC):
         """Complete tokenizer options that depend on the whole data set; ``blocks`` yields CSR blocks."""
         return options
 
-    def _embed(self, tokens: TokenBatch, pooling: str) -> Tensor: ...
+    def _embed(self, tokens: TokenBatch, pooling: str, **options: Any) -> Tensor: ...
     def _gene_embeddings(self) -> Tensor: ...
     def _gene_states(self, tokens: TokenBatch, **options: Any) -> Any: ...
     def _reconstruct(self, tokens: TokenBatch, **options: Any) -> Tensor: ...
@@ -197,11 +197,11 @@ class Backbone(ABC):
             raise UnsupportedError(msg)
 
     @torch.inference_mode()
-    def embed(self, tokens: TokenBatch, *, pooling: str | None = None) -> Tensor:
+    def embed(self, tokens: TokenBatch, *, pooling: str | None = None, **options: Any) -> Tensor:
         """Cell embeddings, float32, shape ``(cells, dim)``; NaN rows for cells without any usable token."""
         self.require("embeds")
         pooling = self.check_pooling(pooling)
-        return self._with_nan(tokens, lambda valid: self._embed(valid, pooling), self.embedding_dim(pooling))
+        return self._with_nan(tokens, lambda valid: self._embed(valid, pooling, **options), self.embedding_dim(pooling))
 
     @torch.inference_mode()
     def gene_embeddings(self) -> Tensor:

@@ -1,0 +1,194 @@
+"""Pre-training objectives of scGPT: generation from a gene prompt and a cell prompt, and masked values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from .._tokens import TokenBatch
+from .generation import two_streams
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from . import SCGPTBackbone
+
+RATIOS = (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class SCGPTLoss:
+    """Parts of a pre-training loss, scalars; :attr:`total` is their unweighted sum.
+
+    Parameters
+    ----------
+    gene_prompt
+        Squared error of hidden genes, predicted from the known ones.
+    cell_decoder
+        The same from the cell embedding (GEPC), 0 if the model has no such decoder.
+    cell_prompt
+        Squared error when the cell embedding replaces ``<cls>``, 0 if switched off.
+    """
+
+    gene_prompt: Tensor
+    cell_decoder: Tensor
+    cell_prompt: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """Sum of the parts."""
+        return self.gene_prompt + self.cell_decoder + self.cell_prompt
+
+
+def _mean_square(predicted: Tensor, target: Tensor, chosen: Tensor) -> Tensor:
+    """Mean over the chosen positions of the whole mini-batch; 0 if there is none."""
+    error = (predicted - target.to(predicted.dtype)).masked_fill(~chosen, 0.0)
+    return (error**2).sum() / chosen.sum().clamp(min=1)
+
+
+def draw_ratio(generator: torch.Generator | None) -> float:
+    """One share of genes to generate for a whole mini-batch."""
+    return RATIOS[int(torch.randint(len(RATIOS), (1,), generator=generator))]
+
+
+def split_prompt(
+    tokens: TokenBatch,
+    ratio: float,
+    generator: torch.Generator | None = None,
+    *,
+    max_length: int,
+    keys: Tensor | None = None,
+) -> TokenBatch:
+    """Divide the genes of each cell at random into known genes and queries.
+
+    Parameters
+    ----------
+    tokens
+        All expressed genes of each cell with ``<cls>`` first and one-sided bins (``tie_break="left"``).
+    ratio
+        Share of genes to generate.
+    generator
+        Source of the random order.
+    max_length
+        Tokens per cell over both parts; longer cells are subsampled in each part.
+    keys
+        One number per token to use instead of random ones; inside a cell, the tokens with the smallest keys become
+        queries. The number of ``<cls>`` is ignored.
+
+    Returns
+    -------
+    Known tokens, with the queries (and their target bins) in ``queries``.
+    """
+    longest = min(max_length, tokens.max_length)
+    query_room = int((longest - 1) * ratio)
+    known_room = longest - query_room
+    if keys is None:
+        keys = torch.rand(len(tokens.flat_ids), generator=generator, dtype=torch.float64)
+    first = tokens.offsets[:-1]
+    keys = keys.to(torch.float64).clone()
+    keys[first] = -torch.inf
+    cell = torch.repeat_interleave(torch.arange(len(tokens)), tokens.lengths)
+    order = torch.argsort(keys, stable=True)
+    order = order[torch.argsort(cell[order], stable=True)]
+    rank = torch.arange(len(order)) - torch.repeat_interleave(first, tokens.lengths) - 1
+    n_queries = ((tokens.lengths - 1).double() * ratio).long()[cell]
+    is_query = (rank >= 0) & (rank < n_queries) & (rank < query_room)
+    is_known = (rank < 0) | ((rank >= n_queries) & (rank - n_queries < known_room - 1))
+    queries = replace(_subset(tokens, order, cell, is_query), per_cell={}, valid=None)
+    return replace(_subset(tokens, order, cell, is_known), queries=queries)
+
+
+def _subset(tokens: TokenBatch, order: Tensor, cell: Tensor, keep: Tensor) -> TokenBatch:
+    offsets = torch.zeros_like(tokens.offsets)
+    torch.cumsum(torch.bincount(cell[keep], minlength=len(tokens)), 0, out=offsets[1:])
+    kept = order[keep]
+    return replace(tokens, flat_ids=tokens.flat_ids[kept], flat_values=tokens.flat_values[kept], offsets=offsets)
+
+
+def generative_loss(
+    backbone: SCGPTBackbone,
+    tokens: TokenBatch,
+    generator: torch.Generator | None = None,
+    *,
+    ratio: float | None = None,
+    max_length: int | None = None,
+    cell_prompt: bool = True,
+) -> SCGPTLoss:
+    """Generative pre-training loss of scGPT (Cui et al. 2024), in two passes.
+
+    Parameters
+    ----------
+    backbone
+        The model.
+    tokens
+        Either divided already (known genes, queries with target bins as values), or all expressed genes of each
+        cell, which are then divided by :func:`split_prompt`.
+    generator
+        Source of the division.
+    ratio
+        Share of genes to generate; drawn from 0.25, 0.5 and 0.75 if not given.
+    max_length
+        Tokens per cell over both parts.
+    cell_prompt
+        Whether to run the second pass; upstream starts it after 1000 steps.
+    """
+    if tokens.queries is None:
+        ratio = draw_ratio(generator) if ratio is None else ratio
+        cpu = tokens.to("cpu")
+        tokens = split_prompt(cpu, ratio, generator, max_length=max_length or backbone.config.max_length)
+    tokens = tokens.to(backbone.device)
+    module, labels = backbone.module, tokens.per_cell.get("batch")
+    target, chosen = tokens.queries.values, ~tokens.queries.padding
+    known, queries, _, query_genes = two_streams(backbone, tokens)
+    cells = known[:, 0]
+    zero = cells.new_zeros(())
+    gene_prompt = _mean_square(module.decoder(module.with_batches(queries, labels)).values, target, chosen)
+    from_cell = zero
+    if module.mvc is not None:
+        from_cell = _mean_square(module.mvc(module.with_batches(cells, labels), query_genes).values, target, chosen)
+    second = zero
+    if cell_prompt:
+        _, queries, _, _ = two_streams(backbone, tokens, cells.detach())
+        second = _mean_square(module.decoder(module.with_batches(queries, labels)).values, target, chosen)
+    return SCGPTLoss(gene_prompt, from_cell, second)
+
+
+def masked_loss(
+    backbone: SCGPTBackbone,
+    tokens: TokenBatch,
+    generator: torch.Generator | None = None,
+    *,
+    ratio: float = 0.4,
+    mask: Tensor | None = None,
+) -> SCGPTLoss:
+    """Masked-value loss: values of random genes are hidden and predicted from all tokens.
+
+    Parameters
+    ----------
+    backbone
+        The model.
+    tokens
+        Expressed genes of each cell with ``<cls>`` first.
+    generator
+        Source of the mask.
+    ratio
+        Probability that a gene is masked; ``<cls>`` never is.
+    mask
+        True at tokens to mask, one entry for each token of the ragged batch, instead of a random mask.
+    """
+    if mask is None:
+        mask = torch.rand(len(tokens.flat_ids), generator=generator) < ratio
+        mask[tokens.offsets[:-1].cpu()] = False
+    tokens = tokens.to(backbone.device)
+    mask = mask.to(tokens.device)
+    hidden_values = tokens.flat_values.masked_fill(mask, backbone.config.mask_value)
+    out = backbone.forward(replace(tokens, flat_values=hidden_values))
+    chosen = replace(tokens, flat_values=mask.float(), pad_value=0.0).values > 0
+    from_cell = out.cells.new_zeros(())
+    if out.cell_expression is not None:
+        from_cell = _mean_square(out.cell_expression.values, tokens.values, chosen)
+    return SCGPTLoss(
+        _mean_square(out.expression.values, tokens.values, chosen), from_cell, out.cells.new_zeros(())
+    )

@@ -1,0 +1,134 @@
+"""Softmax attention: the one place that picks a kernel."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# scores of one step of the chunked kernel stay inside a usual L2 + L3 share of one process
+_CHUNK_ELEMENTS = 1 << 21
+
+
+@cache
+def _cpu_has_amx() -> bool:
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(probe and probe())
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """Scaled softmax attention over full sequences, without a cells x heads x length x length tensor.
+
+    Parameters
+    ----------
+    q, k, v
+        Queries ``(cells, heads, queries, dim)``, keys and values ``(cells, heads, length, dim)``.
+    padding
+        True at keys to ignore, shape ``(cells, length)``; ``None`` when no key is padded, which is faster.
+    dropout
+        Dropout on the attention weights.
+
+    Returns
+    -------
+    Tensor of the shape of ``q``.
+    """
+    mask = None if padding is None else ~padding[:, None, None, :]
+    # torch's fused CPU kernel runs reduced precision at float32 speed unless the CPU has AMX; matrix products do not
+    reduced = q.dtype in (torch.bfloat16, torch.float16)
+    if reduced and q.device.type == "cpu" and not dropout and not torch.is_grad_enabled() and not _cpu_has_amx():
+        return _attend_chunked(q, k, v, mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
+def _attend_chunked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Matrix products with an explicit softmax over a block of queries at a time."""
+    cells, heads, queries, dim = q.shape
+    step = max(32, _CHUNK_ELEMENTS // (cells * heads * k.shape[2]) // 32 * 32)
+    q = q * dim**-0.5
+    keys = k.transpose(-1, -2)
+    out = torch.empty_like(q)
+    for start in range(0, queries, step):
+        scores = q[:, :, start : start + step] @ keys
+        if mask is not None:
+            scores.masked_fill_(~mask, -math.inf)
+        out[:, :, start : start + step] = torch.softmax(scores, -1, out=scores) @ v
+    return out
+
+
+def attend_with_self(q: Tensor, k: Tensor, v: Tensor, k_self: Tensor, v_self: Tensor, padding: Tensor | None) -> Tensor:
+    """Attention of queries that see a shared set of keys and, besides, only themselves.
+
+    The softmax runs over ``[q k^T, q . k_self]``, so no queries x queries block is ever formed.
+
+    Parameters
+    ----------
+    q, k_self, v_self
+        Shape ``(cells, heads, queries, dim)``.
+    k, v
+        Shape ``(cells, heads, length, dim)``.
+    padding
+        True at keys to ignore, shape ``(cells, length)``.
+    """
+    cells, heads, queries, dim = q.shape
+    step = max(32, 4 * _CHUNK_ELEMENTS // max(1, cells * heads * (k.shape[2] + 1)))
+    q = q * dim**-0.5
+    own = (q * k_self).sum(-1, keepdim=True)
+    keys = k.transpose(-1, -2)
+    parts = []
+    for start in range(0, queries, step):
+        rows = slice(start, start + step)
+        scores = q[:, :, rows] @ keys
+        if padding is not None:
+            scores = scores.masked_fill(padding[:, None, None, :], -math.inf)
+        weights = torch.softmax(torch.cat([scores, own[:, :, rows]], -1), -1)
+        parts.append(weights[..., :-1] @ v + weights[..., -1:] * v_self[:, :, rows])
+    return torch.cat(parts, 2) if parts else q
+
+
+def attention_weights(q: Tensor, k: Tensor, padding: Tensor | None = None) -> Tensor:
+    """Softmax attention weights themselves, ``(cells, heads, queries, length)``, in float32."""
+    scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)
+    if padding is not None:
+        scores = scores.masked_fill(padding[:, None, None, :], -math.inf)
+    return torch.softmax(scores, -1)
+
+
+def attend_first(x: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, heads: int, padding: Tensor | None) -> Tensor:
+    """Self-attention output of position 0 only, heads concatenated, before the output projection.
+
+    Keys and values are never formed: ``q . (W_k x_j)`` is computed as ``(W_k^T q) . x_j`` and the weights average
+    ``x_j`` before ``W_v`` is applied, which is the same sum in another order. The key bias adds the same number to
+    all scores of a head and leaves the softmax unchanged.
+
+    Parameters
+    ----------
+    x
+        Layer input, shape ``(cells, length, width)``.
+    qkv_weight, qkv_bias
+        Packed projection, ``(3 * width, width)`` and ``(3 * width,)``, in the order query, key, value.
+    heads
+        Number of heads.
+    padding
+        True at keys to ignore, shape ``(cells, length)``.
+
+    Returns
+    -------
+    Shape ``(cells, width)``.
+    """
+    cells, _, width = x.shape
+    w_q, w_k, w_v = qkv_weight.chunk(3)
+    b_q, _, b_v = qkv_bias.chunk(3)
+    dim = width // heads
+    q = F.linear(x[:, 0], w_q, b_q).view(cells, heads, dim) * dim**-0.5
+    pulled = torch.einsum("bhd,hdw->bhw", q, w_k.view(heads, dim, width))
+    scores = pulled @ x.transpose(1, 2)
+    if padding is not None:
+        scores = scores.masked_fill(padding[:, None, :], -math.inf)
+    mixed = torch.softmax(scores, -1) @ x
+    return torch.einsum("bhw,hdw->bhd", mixed, w_v.view(heads, dim, width)).reshape(cells, width) + b_v

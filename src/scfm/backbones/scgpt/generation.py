@@ -109,7 +109,7 @@ def generate(
         ranked = torch.full(ids.shape, -math.inf, device=ids.device)
         ranked[waiting] = score[~tokens.queries.padding].to(ranked)
         quota = torch.ceil(waiting.sum(1) / (steps - step))
-        rank = torch.argsort(torch.argsort(ranked, 1, descending=True, stable=True), 1)
+        rank = torch.argsort(torch.argsort(ranked, dim=1, descending=True, stable=True), dim=1)
         moved = waiting & (rank < quota[:, None])
         values = torch.where(moved, here, values)
         waiting = waiting & ~moved

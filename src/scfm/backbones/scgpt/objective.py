@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
 from .._tokens import TokenBatch
 from .generation import two_streams
@@ -42,10 +43,32 @@ class SCGPTLoss:
         return self.gene_prompt + self.cell_decoder + self.cell_prompt
 
 
-def _mean_square(predicted: Tensor, target: Tensor, chosen: Tensor) -> Tensor:
+def _mean(errors: Tensor, chosen: Tensor) -> Tensor:
     """Mean over the chosen positions of the whole mini-batch; 0 if there is none."""
-    error = (predicted - target.to(predicted.dtype)).masked_fill(~chosen, 0.0)
-    return (error**2).sum() / chosen.sum().clamp(min=1)
+    return errors.masked_fill(~chosen, 0.0).sum() / chosen.sum().clamp(min=1)
+
+
+def masked_square_error(predicted: Tensor, target: Tensor, chosen: Tensor) -> Tensor:
+    """Mean squared error over the positions where ``chosen`` is True; all of shape ``(cells, length)``."""
+    return _mean((predicted - target.to(predicted.dtype)) ** 2, chosen)
+
+
+def masked_relative_error(predicted: Tensor, target: Tensor, chosen: Tensor) -> Tensor:
+    """Mean of ``|predicted - target| / (target + 1e-6)`` over the chosen positions; for monitoring."""
+    target = target.to(predicted.dtype)
+    return _mean((predicted - target).abs() / (target + 1e-6), chosen)
+
+
+def nonzero_negative_log_likelihood(nonzero: Tensor, target: Tensor, chosen: Tensor) -> Tensor:
+    """Mean of ``-log Bernoulli(target > 0 | nonzero)`` over the chosen positions."""
+    expressed = (target > 0).to(nonzero.dtype)
+    return _mean(F.binary_cross_entropy(nonzero, expressed, reduction="none"), chosen)
+
+
+def contrastive_loss(first: Tensor, second: Tensor, temperature: float = 0.5) -> Tensor:
+    """Cross-entropy of cosine similarities between two passes over the same cells, each cell being its own class."""
+    similarity = F.cosine_similarity(first.unsqueeze(1), second.unsqueeze(0), dim=-1) / temperature
+    return F.cross_entropy(similarity, torch.arange(len(first), device=first.device))
 
 
 def draw_ratio(generator: torch.Generator | None) -> float:
@@ -144,14 +167,14 @@ def generative_loss(
     known, queries, _, query_genes = two_streams(backbone, tokens)
     cells = known[:, 0]
     zero = cells.new_zeros(())
-    gene_prompt = _mean_square(module.decoder(module.with_batches(queries, labels)).values, target, chosen)
+    gene_prompt = masked_square_error(module.decoder(module.with_batches(queries, labels)).values, target, chosen)
     from_cell = zero
     if module.mvc is not None:
-        from_cell = _mean_square(module.mvc(module.with_batches(cells, labels), query_genes).values, target, chosen)
+        from_cell = masked_square_error(module.mvc(module.with_batches(cells, labels), query_genes).values, target, chosen)
     second = zero
     if cell_prompt:
         _, queries, _, _ = two_streams(backbone, tokens, cells.detach())
-        second = _mean_square(module.decoder(module.with_batches(queries, labels)).values, target, chosen)
+        second = masked_square_error(module.decoder(module.with_batches(queries, labels)).values, target, chosen)
     return SCGPTLoss(gene_prompt, from_cell, second)
 
 
@@ -188,7 +211,7 @@ def masked_loss(
     chosen = replace(tokens, flat_values=mask.float(), pad_value=0.0).values > 0
     from_cell = out.cells.new_zeros(())
     if out.cell_expression is not None:
-        from_cell = _mean_square(out.cell_expression.values, tokens.values, chosen)
+        from_cell = masked_square_error(out.cell_expression.values, tokens.values, chosen)
     return SCGPTLoss(
-        _mean_square(out.expression.values, tokens.values, chosen), from_cell, out.cells.new_zeros(())
+        masked_square_error(out.expression.values, tokens.values, chosen), from_cell, out.cells.new_zeros(())
     )

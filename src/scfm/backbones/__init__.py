@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from ._base import Backbone, Checkpoint, Provenance, backbone_class, backbone_kinds
-from ._load import load
+from ._build import from_config, random_copy
+from ._load import load, load_vocab
 from ._tokens import TokenBatch
 
-__all__ = ["Backbone", "Checkpoint", "Provenance", "TokenBatch", "backbone_class", "backbone_kinds", "load"]
+__all__ = [
+    "Backbone",
+    "Checkpoint",
+    "Provenance",
+    "TokenBatch",
+    "backbone_class",
+    "backbone_kinds",
+    "from_config",
+    "load",
+    "load_vocab",
+    "random_copy",
+]

@@ -86,6 +86,7 @@ class Backbone(ABC):
     kind: ClassVar[str]
     capabilities: ClassVar[frozenset[str]]
     poolings: ClassVar[tuple[str, ...]]
+    specials: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -117,6 +118,11 @@ class Backbone(ABC):
         """Read an official checkpoint without executing code from it."""
 
     @classmethod
+    def read_vocab(cls, directory: Path, **options: Any) -> GeneVocab:
+        """Read only the genes of an official checkpoint; override it where that works without the weights."""
+        return cls.read_official(directory, **options).vocab
+
+    @classmethod
     @abstractmethod
     def config_from_dict(cls, values: dict[str, Any]) -> Any:
         """Rebuild the config from what :meth:`config_to_dict` wrote."""
@@ -141,6 +147,12 @@ class Backbone(ABC):
     @abstractmethod
     def embedding_dim(self, pooling: str | None = None) -> int:
         """Width of :meth:`embed`."""
+
+    def tokenize_for_training(
+        self, counts: csr_matrix, genes: Sequence[str] | np.ndarray | GeneMatch, generator: torch.Generator
+    ) -> TokenBatch:
+        """Tokens as the pre-training objective expects them; ``generator`` drives what is random about them."""
+        return self.tokenize(counts, genes)
 
     def prepare(self, blocks: Any, match: GeneMatch, options: dict[str, Any]) -> dict[str, Any]:
         """Complete tokenizer options that depend on the whole data set; ``blocks`` yields CSR blocks."""

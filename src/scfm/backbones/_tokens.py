@@ -139,7 +139,14 @@ class TokenBatch:
 
     @classmethod
     def from_padded(
-        cls, ids: Tensor, values: Tensor, *, pad_id: int, pad_value: float, padding: Tensor | None = None, **parts: object
+        cls,
+        ids: Tensor,
+        values: Tensor,
+        *,
+        pad_id: int,
+        pad_value: float,
+        padding: Tensor | None = None,
+        **parts: object,
     ) -> TokenBatch:
         """Build a batch from padded arrays of shape ``(cells, length)``.
 
@@ -147,7 +154,9 @@ class TokenBatch:
         """
         ids, values = torch.as_tensor(ids), torch.as_tensor(values)
         if ids.shape != values.shape or ids.ndim != 2:
-            msg = f"ids and values must both have shape (cells, length); got {tuple(ids.shape)} and {tuple(values.shape)}"
+            msg = (
+                f"ids and values must both have shape (cells, length); got {tuple(ids.shape)} and {tuple(values.shape)}"
+            )
             raise ValueError(msg)
         keep = ids != pad_id if padding is None else ~torch.as_tensor(padding, dtype=torch.bool)
         offsets = torch.zeros(len(ids) + 1, dtype=torch.int64, device=ids.device)

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ def write_text(path: Path, text: str) -> None:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
         Path(temporary).chmod(0o666 & ~_umask())
-        os.replace(temporary, path)  # noqa: PTH105 - the tests interrupt the package at this very function
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -64,7 +64,7 @@ def recover(path: Path) -> None:
     """Put the old version of a directory back if a process died between the two moves of an overwrite."""
     backup = backup_of(path)
     if backup.is_dir() and not path.exists():
-        os.replace(backup, path)  # noqa: PTH105
+        backup.replace(path)
         _logging.warning(f"{path} was being overwritten by a process that died; its former content is back")
 
 
@@ -99,12 +99,12 @@ def _publish(staged: Path, path: Path, *, overwrite: bool) -> None:
     if path.exists() and overwrite:
         if backup.exists():
             shutil.rmtree(backup)
-        os.replace(path, backup)  # noqa: PTH105
+        path.replace(backup)
     try:
-        os.replace(staged, path)  # noqa: PTH105
+        staged.replace(path)
     except OSError as error:
-        if path.exists():  # somebody else was faster
-            msg = f"{path} exists already; pass overwrite=True to replace it"
+        if path.exists():
+            msg = f"{path} exists already: another process made it meanwhile"
             raise FileExistsError(msg) from error
         recover(path)
         raise
@@ -114,6 +114,5 @@ def _publish(staged: Path, path: Path, *, overwrite: bool) -> None:
 def _umask() -> int:
     """Temporary files are private; published ones get the rights that the user's other files have."""
     mask = os.umask(0)
-    with suppress(OSError):
-        os.umask(mask)
+    os.umask(mask)
     return mask

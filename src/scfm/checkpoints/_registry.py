@@ -358,6 +358,7 @@ def list_checkpoints():
 
     columns = ["name", "backbone", "title", "size", "licence", "commercial", "status"]
     rows = [
-        (e.name, e.backbone, e.title, e.size, e.licence.name, e.licence.commercial, e.status) for e in entries().values()
+        (e.name, e.backbone, e.title, e.size, e.licence.name, e.licence.commercial, e.status)
+        for e in entries().values()
     ]
     return pd.DataFrame(rows, columns=columns)

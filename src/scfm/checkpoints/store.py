@@ -188,18 +188,18 @@ def read(path: str | Path, *, verify: bool | None = None) -> Stored:
         If a file is missing, cut off or changed, or the format is newer than this version of scfm.
     """
     path, header = read_header(path)
-    tensors = path / TENSORS
     _check_file(path, header, TENSORS, verify=verify)
+    state = _read_tensors(path / TENSORS)
     return Stored(
         path=path,
         kind=header["kind"],
         name=header["name"],
         config=header["config"],
         vocab=_vocab(path, header, verify=verify),
-        state_dict=_read_tensors(tensors),
+        state_dict=state,
         provenance=header["provenance"],
         sha256=header["files"][TENSORS]["sha256"],
-        report=_report(header),
+        report=_report(header, state),
     )
 
 
@@ -227,10 +227,12 @@ def read_header(path: str | Path) -> tuple[Path, dict[str, Any]]:
     return path, header
 
 
-def _report(header: dict[str, Any]) -> LoadReport:
-    values = header.get("load_report", {})
+def _report(header: dict[str, Any], state: Mapping[str, Tensor]) -> LoadReport:
+    values = header.get("load_report") or {}
     known = {f.name for f in fields(LoadReport)}
-    return LoadReport(**{key: value for key, value in values.items() if key in known})
+    report = LoadReport(**{key: value for key, value in values.items() if key in known})
+    report.loaded = list(state)
+    return report
 
 
 def _vocab(path: Path, header: dict[str, Any], *, verify: bool | None) -> GeneVocab:

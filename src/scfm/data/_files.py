@@ -62,10 +62,7 @@ def open_file(path: Path, files: ExitStack) -> StoredAnnData:
     if path.suffix == ".h5mu":
         msg = f"{path.name} is a MuData file; read it with mudata.read_h5mu and pass one modality, for example mdata['rna']"
         raise ValueError(msg)
-    if path.is_dir() or path.suffix == ".zip":
-        root = _open_zarr(path)
-    else:
-        root = _open_hdf5(path, files)
+    root = _open_zarr(path) if path.is_dir() else _open_hdf5(path, files)
     stored = StoredAnnData(root, path)
     if not {"obs", "var"} <= set(root.keys()):
         msg = f"{path.name} is not an AnnData file: it holds {', '.join(sorted(root.keys())) or 'nothing'}"

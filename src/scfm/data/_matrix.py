@@ -14,7 +14,7 @@ from scipy import sparse
 from ._transpose import TransposedFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from scipy.sparse import csr_matrix
 

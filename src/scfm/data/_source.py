@@ -131,7 +131,7 @@ def open_source(data: Input, *, layer: str | None = None, use_raw: bool = False)
         msg = "give either layer= or use_raw=True, not both"
         raise ValueError(msg)
     if isinstance(data, (list, tuple)):
-        source = _join([open_source(part, layer=layer, use_raw=use_raw) for part in data])
+        source = _from_list(data, layer, use_raw)
     elif isinstance(data, (str, PathLike)):
         source = _from_path(Path(data), layer, use_raw)
     elif isinstance(data, AnnData):
@@ -207,23 +207,33 @@ def _from_path(path: Path, layer: str | None, use_raw: bool) -> CellSource:
     return source
 
 
-def _join(parts: list[CellSource]) -> CellSource:
-    if not parts:
+def _from_list(data: Sequence[Input], layer: str | None, use_raw: bool) -> CellSource:
+    if not data:
         msg = "the list of inputs is empty"
         raise ValueError(msg)
+    files = ExitStack()
+    with ExitStack() as on_error:
+        on_error.callback(files.close)
+        parts = [files.enter_context(open_source(part, layer=layer, use_raw=use_raw)) for part in data]
+        source = _join(parts, files)
+        on_error.pop_all()
+    return source
+
+
+def _join(parts: list[CellSource], files: ExitStack) -> CellSource:
     # a name that occurs twice in one part is two genes, so names are told apart by their occurrence
-    keys = [pd.MultiIndex.from_arrays([part.var_names, part.var.groupby(level=0).cumcount()]) for part in parts]
+    keys = []
+    for part in parts:
+        occurrence = pd.Series(0, index=part.var_names).groupby(level=0).cumcount()
+        keys.append(pd.MultiIndex.from_arrays([part.var_names, occurrence]))
     union, frames = keys[0], [parts[0].var]
     for part, key in zip(parts[1:], keys[1:], strict=True):
         new = ~key.isin(union)
         union = union.append(key[new])
         frames.append(part.var[new])
     columns = [union.get_indexer(key).astype(np.int32) for key in keys]
-    files = ExitStack()
-    for part in parts:
-        files.callback(part.close)
     obs_names = parts[0].obs_names.append([part.obs_names for part in parts[1:]])
-    where = parts[0].where if len(parts) == 1 else f"{parts[0].where} and {len(parts) - 1} more"
+    where = parts[0].where if len(parts) == 1 else f"{parts[0].where} (and {len(parts) - 1} more)"
     reader = JoinedRows([part.reader for part in parts], columns, len(union))
     return CellSource(reader, obs_names, pd.concat(frames), where, files)
 

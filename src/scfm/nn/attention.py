@@ -12,8 +12,9 @@ import torch.nn.functional as F
 if TYPE_CHECKING:
     from torch import Tensor
 
-# scores of one step of the chunked kernel stay inside a usual L2 + L3 share of one process
-_CHUNK_ELEMENTS = 1 << 21
+# block sizes at which the scores of one step stay in the cache
+_QUERY_BLOCK = 512
+_SCORE_BLOCK = 1 << 22
 
 
 @cache
@@ -47,18 +48,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None, dropo
 
 
 def _attend_chunked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Matrix products with an explicit softmax over a block of queries at a time."""
+    """Matrix products with an explicit softmax over a block of heads and queries at a time."""
     cells, heads, queries, dim = q.shape
-    step = max(32, _CHUNK_ELEMENTS // (cells * heads * k.shape[2]) // 32 * 32)
-    q = q * dim**-0.5
-    keys = k.transpose(-1, -2)
+    length = k.shape[2]
+    q = (q * dim**-0.5).reshape(cells * heads, queries, dim)
+    keys = k.reshape(cells * heads, length, dim).transpose(1, 2)
+    values = v.reshape(cells * heads, length, dim)
+    step = min(queries, _QUERY_BLOCK)
+    block = max(1, min(heads, _SCORE_BLOCK // (step * length)))
+    # one buffer for all blocks: fresh memory of this size costs more in page faults than the product itself
+    buffer = torch.empty(block, step, length, dtype=q.dtype)
     out = torch.empty_like(q)
-    for start in range(0, queries, step):
-        scores = q[:, :, start : start + step] @ keys
-        if mask is not None:
-            scores.masked_fill_(~mask, -math.inf)
-        out[:, :, start : start + step] = torch.softmax(scores, -1, out=scores) @ v
-    return out
+    for first in range(0, cells * heads, block):
+        group = slice(first, min(first + block, cells * heads))
+        hidden = None if mask is None else ~mask[torch.arange(group.start, group.stop) // heads, 0]
+        for start in range(0, queries, step):
+            rows = slice(start, min(start + step, queries))
+            scores = buffer[: group.stop - group.start, : rows.stop - rows.start]
+            torch.bmm(q[group, rows], keys[group], out=scores)
+            if hidden is not None:
+                scores.masked_fill_(hidden, -math.inf)
+            out[group, rows] = torch.bmm(torch.softmax(scores, -1, out=scores), values[group])
+    return out.view(cells, heads, queries, dim)
 
 
 def attend_with_self(q: Tensor, k: Tensor, v: Tensor, k_self: Tensor, v_self: Tensor, padding: Tensor | None) -> Tensor:
@@ -76,7 +87,7 @@ def attend_with_self(q: Tensor, k: Tensor, v: Tensor, k_self: Tensor, v_self: Te
         True at keys to ignore, shape ``(cells, length)``.
     """
     cells, heads, queries, dim = q.shape
-    step = max(32, 4 * _CHUNK_ELEMENTS // max(1, cells * heads * (k.shape[2] + 1)))
+    step = max(32, 4 * _SCORE_BLOCK // max(1, cells * heads * (k.shape[2] + 1)))
     q = q * dim**-0.5
     own = (q * k_self).sum(-1, keepdim=True)
     keys = k.transpose(-1, -2)

@@ -78,6 +78,7 @@ class SCGPTBackbone(Backbone):
         {"embeds", "gene_embeddings", "gene_states", "reconstructs", "attends", "generates", "pretrains"}
     )
     poolings: ClassVar[tuple[str, ...]] = ("cls", "avg-pool", "w-pool")
+    specials: ClassVar[tuple[str, ...]] = checkpoint.SPECIALS
     module: SCGPT
     config: SCGPTConfig
 
@@ -200,6 +201,12 @@ class SCGPTBackbone(Backbone):
             draws=draws,
         )
         return replace(tokens, per_cell=self._labels(len(tokens), batch_labels, None))
+
+    def tokenize_for_training(
+        self, counts: csr_matrix, genes: Sequence[str] | np.ndarray | GeneMatch, generator: torch.Generator
+    ) -> TokenBatch:
+        """All expressed genes with one-sided bins; the objective divides and subsamples them."""
+        return self.tokenize(counts, genes, tie_break="left", max_length=len(self.vocab) + 1)
 
     def _known(
         self, counts: csr_matrix, genes: Sequence[str] | np.ndarray | GeneMatch, duplicates: str

@@ -1,0 +1,9 @@
+"""The one inference loop: read blocks, tokenise, make batches of like length, compute, write back in order."""
+
+from __future__ import annotations
+
+from ._options import accepted_options, check_options
+from ._plan import Limits, plan_batches
+from ._run import Result, run
+
+__all__ = ["Limits", "Result", "accepted_options", "check_options", "plan_batches", "run"]

@@ -1,0 +1,255 @@
+"""FAVOR+ linear attention of the Performer (Choromanski et al., ICLR 2021): softmax attention by random features.
+
+Notation: ``c = dim**-0.25``, ``u = c x P^T`` with the projection ``P`` of shape ``(features, dim)``,
+``g = c**2 |x|**2 / 2``. A query becomes ``exp(u - g - max(u)) + eps`` with its own maximum, a key becomes
+``exp(u - g - M) + eps`` with a maximum ``M`` that it shares with other keys. As ``eps`` stands outside the
+exponential, results depend on what ``M`` is taken over; :data:`KeyMax` names the conventions in use.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+KeyMax = Literal["cell", "batch", "head"]
+"""What the maximum of the key features is taken over: all heads of a cell, everything in the batch, or one head."""
+
+EPSILON = 1e-4
+
+
+def default_features(dim: int) -> int:
+    """Usual number of random features for heads of width ``dim``: ``int(dim * ln(dim))``."""
+    return int(dim * math.log(dim))
+
+
+def orthogonal_random_features(
+    n_features: int, dim: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Draw a projection: orthogonal blocks whose rows have the norms of standard normal vectors.
+
+    Parameters
+    ----------
+    n_features, dim
+        Rows and columns.
+    generator
+        Source of randomness; the global one by default.
+    dtype
+        Floating-point type of the result; drawn and orthogonalised in float64 so that types agree.
+
+    Returns
+    -------
+    Shape ``(n_features, dim)``.
+    """
+    draw = {"generator": generator, "dtype": torch.float64}
+    blocks = torch.randn(-(-n_features // dim), dim, dim, **draw)
+    rows = torch.linalg.qr(blocks).Q.transpose(1, 2).reshape(-1, dim)[:n_features]
+    return (rows * torch.randn(n_features, dim, **draw).norm(dim=1, keepdim=True)).to(dtype)
+
+
+def _exponents(x: Tensor, scaled_projection: Tensor) -> tuple[Tensor, Tensor]:
+    """Exponents ``u`` of shape (..., features) and half squared norms ``g`` of shape (..., 1)."""
+    x = x.to(scaled_projection.dtype)
+    return x @ scaled_projection.T, x.square().sum(-1, keepdim=True) * (x.shape[-1] ** -0.5 / 2)
+
+
+def _scaled(projection: Tensor) -> Tensor:
+    """``c P``, never below float32: the exponents lose too much in bfloat16."""
+    return projection.to(torch.promote_types(projection.dtype, torch.float32)) * projection.shape[-1] ** -0.25
+
+
+def query_features(q: Tensor, projection: Tensor) -> Tensor:
+    """Positive random features of queries, each with its own maximum; shape ``(..., features)``."""
+    u, g = _exponents(q, _scaled(projection))
+    return (torch.exp(u - g - u.amax(-1, keepdim=True)) + EPSILON) * projection.shape[0] ** -0.5
+
+
+def key_features(
+    k: Tensor, projection: Tensor, *, key_max: KeyMax = "cell", padding: Tensor | None = None
+) -> Tensor:
+    """Positive random features of keys.
+
+    Parameters
+    ----------
+    k
+        Shape ``(cells, heads, length, dim)``.
+    projection
+        Shape ``(features, dim)``.
+    key_max
+        What the maximum is taken over.
+    padding
+        True at keys to leave out, shape ``(cells, length)``; their features are zero and do not count for the maximum.
+
+    Returns
+    -------
+    Shape ``(cells, heads, length, features)``, float32 or better.
+    """
+    check_key_max(key_max)
+    u, g = _exponents(k, _scaled(projection))
+    seen = u if padding is None else u.masked_fill(padding[:, None, :, None], -math.inf)
+    axes = {"cell": (1, 2, 3), "batch": (0, 1, 2, 3), "head": (2, 3)}[key_max]
+    features = (torch.exp(u - g - seen.amax(axes, keepdim=True)) + EPSILON) * projection.shape[0] ** -0.5
+    return features if padding is None else features.masked_fill(padding[:, None, :, None], 0)
+
+
+def check_key_max(key_max: str) -> None:
+    """Raise ``ValueError`` unless ``key_max`` names a convention."""
+    if key_max not in get_args(KeyMax):
+        msg = f"key_max must be one of {', '.join(get_args(KeyMax))}; got {key_max!r}"
+        raise ValueError(msg)
+
+
+def favor_attention(
+    q: Tensor, k: Tensor, v: Tensor, projection: Tensor, *, key_max: KeyMax = "cell", padding: Tensor | None = None
+) -> Tensor:
+    """Linear attention with all features in memory; differentiable, gradients flow through the maxima too.
+
+    Parameters
+    ----------
+    q, k, v
+        Shape ``(cells, heads, length, dim)``.
+    projection
+        Shape ``(features, dim)``.
+    key_max
+        What the maximum of the key features is taken over.
+    padding
+        True at keys to leave out, shape ``(cells, length)``.
+
+    Returns
+    -------
+    Shape and type of ``v``.
+
+    See Also
+    --------
+    KeySums : the same in pieces, for inference over long sequences.
+    """
+    phi_q = query_features(q, projection)
+    phi_k = key_features(k, projection, key_max=key_max, padding=padding)
+    context = phi_k.transpose(-1, -2) @ v.to(phi_k.dtype)
+    share = phi_q @ phi_k.sum(-2).unsqueeze(-1)
+    return ((phi_q @ context) / share).to(v.dtype)
+
+
+@dataclass
+class KeySums:
+    """All that queries need to know of the keys and values of one sequence, collected piece by piece.
+
+    The epsilon of the features and the final scaling by the maximum are left to :meth:`context`, so the sums are taken
+    with a running maximum per head and still give each convention of :data:`KeyMax` exactly.
+
+    Parameters
+    ----------
+    projection
+        Scaled projection ``dim**-0.25 * P``, shape ``(features, dim)``.
+    maximum
+        Largest exponent so far, shape ``(heads,)``.
+    products, weights
+        Sums of ``exp(u - g - maximum) v^T`` and ``exp(u - g - maximum)``, ``(heads, features, dim)`` and
+        ``(heads, features)``.
+    values
+        Sum of the values, shape ``(heads, dim)``.
+    length
+        Number of keys so far.
+    """
+
+    projection: Tensor
+    maximum: Tensor
+    products: Tensor
+    weights: Tensor
+    values: Tensor
+    length: int = 0
+
+    @classmethod
+    def empty(cls, heads: int, projection: Tensor, value_dim: int | None = None) -> KeySums:
+        """Start with no keys; the (unscaled) ``projection`` decides device and type, at least float32."""
+        features, dim = projection.shape
+        value_dim = dim if value_dim is None else value_dim
+        projection = _scaled(projection)
+        return cls(
+            projection=projection,
+            maximum=projection.new_full((heads,), -math.inf),
+            products=projection.new_zeros(heads, features, value_dim),
+            weights=projection.new_zeros(heads, features),
+            values=projection.new_zeros(heads, value_dim),
+        )
+
+    def add(self, k: Tensor, v: Tensor) -> None:
+        """Add keys and values of some tokens, both of shape ``(tokens, heads, dim)``."""
+        v = v.to(self.products.dtype)
+        u, g = _exponents(k, self.projection)
+        maximum = torch.maximum(self.maximum, u.amax((0, 2)))
+        fade = torch.exp(self.maximum - maximum)
+        phi = u.sub_(g.add_(maximum[:, None])).exp_()
+        self.products.mul_(fade[:, None, None]).baddbmm_(phi.permute(1, 2, 0), v.transpose(0, 1))
+        self.weights.mul_(fade[:, None]).add_(phi.sum(0))
+        self.values.add_(v.sum(0))
+        self.maximum = maximum
+        self.length += len(k)
+
+    def context(self, maximum: Tensor) -> KeyContext:
+        """Sums of the key features for a shared ``maximum`` (one number, or one for each head)."""
+        fade = torch.exp(self.maximum - maximum)[:, None]
+        return KeyContext(
+            self.projection,
+            maximum.expand_as(self.maximum),
+            products=self.products * fade[..., None] + EPSILON * self.values[:, None],
+            weights=self.weights * fade + EPSILON * self.length,
+        )
+
+
+@dataclass
+class KeyContext:
+    """What :meth:`KeySums.context` gives: sums over keys of features times value, and of features alone."""
+
+    projection: Tensor
+    maximum: Tensor
+    products: Tensor
+    weights: Tensor
+
+    def __post_init__(self) -> None:
+        # epsilon of the query features, taken out of the exponential and summed once for all queries
+        self.products_floor = EPSILON * self.products.sum(1, keepdim=True)
+        self.weights_floor = EPSILON * self.weights.sum(1)
+
+    def read(self, q: Tensor) -> Tensor:
+        """Attention output of some queries; ``q`` and the result have shape ``(tokens, heads, dim)``."""
+        u, g = _exponents(q, self.projection)
+        phi = u.sub_(g.add_(u.amax(-1, keepdim=True))).exp_()
+        out = torch.baddbmm(self.products_floor, phi.transpose(0, 1), self.products).transpose(0, 1)
+        share = phi.mul_(self.weights).sum(-1).add_(self.weights_floor)
+        return out.div_(share[..., None]).to(q.dtype)
+
+    def map(self, q: Tensor, k: Tensor) -> Tensor:
+        """Attention weights of some queries to some of the keys that are in the sums.
+
+        Parameters
+        ----------
+        q, k
+            Shapes ``(queries, heads, dim)`` and ``(keys, heads, dim)``.
+
+        Returns
+        -------
+        Shape ``(heads, queries, keys)``, float32 or better.
+        """
+        u, g = _exponents(q, self.projection)
+        phi_q = u.sub_(g.add_(u.amax(-1, keepdim=True))).exp_().add_(EPSILON)
+        u, g = _exponents(k, self.projection)
+        phi_k = u.sub_(g.add_(self.maximum[:, None])).exp_().add_(EPSILON)
+        share = (phi_q * self.weights).sum(-1).T
+        return (phi_q.transpose(0, 1) @ phi_k.permute(1, 2, 0)).div_(share[..., None])
+
+
+def shared_maxima(sums: Sequence[KeySums], key_max: KeyMax) -> list[Tensor]:
+    """The maximum that each sequence of a batch has to use, given the sums over all of its keys."""
+    check_key_max(key_max)
+    if key_max == "head":
+        return [item.maximum for item in sums]
+    per_cell = torch.stack([item.maximum.amax() for item in sums])
+    return list(per_cell) if key_max == "cell" else [per_cell.amax()] * len(sums)

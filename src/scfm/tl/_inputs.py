@@ -1,0 +1,192 @@
+"""What every tool does before it computes: load the model, match the genes, check the options and the values."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import __version__, _logging
+from ..backbones import Backbone, load
+from ..engine import accepted_options, check_options
+from ..genes import AliasTable, resolve_gene_names
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import pandas as pd
+    from anndata import AnnData
+
+    from ..data import Block, CellSource
+    from ..genes import GeneMatch
+
+    Model = str | os.PathLike[str] | Backbone
+    Aliases = AliasTable | str | Path | pd.DataFrame | bool | None
+
+
+def load_backbone(model: Model, *, device: str, precision: str, weights: str | None) -> Backbone:
+    """Load a model by name or folder; a loaded one is moved only if a device or precision is named.
+
+    Raises
+    ------
+    ValueError
+        If ``weights`` is given for a model that is loaded already.
+    """
+    if not isinstance(model, Backbone):
+        extra = {} if weights is None else {"weights": weights}
+        return load(model, device=device, precision=precision, **extra)
+    if weights is not None:
+        msg = "weights= chooses what is loaded; the model given is loaded already (use scfm.load(..., weights=...))"
+        raise ValueError(msg)
+    if device != "auto" or precision != "auto":
+        device = str(model.device) if device == "auto" else device
+        precision = str(model.dtype).removeprefix("torch.") if precision == "auto" else precision
+        model.to(device, precision)
+    return model
+
+
+def result_name(backbone: Backbone) -> str:
+    """Name of the model in AnnData keys; HDF5 allows no slash in them."""
+    return re.sub(r"[^\w.-]+", "_", backbone.name).strip("_") or backbone.kind
+
+
+def match_genes(
+    backbone: Backbone, source: CellSource, *, gene_symbols: str | None, gene_ids: str | None, aliases: Aliases
+) -> GeneMatch:
+    """Match the genes of a source to those of a model, and log the share that is known.
+
+    Raises
+    ------
+    ValueError
+        If no gene is known.
+    """
+    names = resolve_gene_names(source.var, gene_symbols, gene_ids)
+    match = backbone.vocab.match(
+        names.symbols, ensembl_ids=names.ensembl_ids, aliases=AliasTable.resolve(aliases) or None
+    )
+    match.require_any(backbone.name)
+    _logging.info(f"    {match.summary()}")
+    return match
+
+
+def seed_of(rng: int | np.random.Generator) -> int:
+    """A whole number from a seed or a generator."""
+    if isinstance(rng, np.random.Generator):
+        return int(rng.integers(2**31))
+    if isinstance(rng, (int, np.integer)) and not isinstance(rng, bool):
+        return int(rng)
+    msg = f"rng must be a whole number or a numpy.random.Generator; got {type(rng).__name__}"
+    raise TypeError(msg)
+
+
+def tokenizer_options(
+    backbone: Backbone, options: Mapping[str, Any], *, n_obs: int, seed: int, duplicates: str, draws: Any
+) -> dict[str, Any]:
+    """Options of the tokenizer; those that all tools have are passed on only to models that know them.
+
+    Raises
+    ------
+    TypeError
+        If the model's tokenizer has no such option.
+    """
+    accepted = accepted_options(backbone)
+    out = dict(options)
+    if "rng" in accepted:
+        out["rng"] = seed
+    if "duplicates" in accepted or duplicates != "sum":
+        out["duplicates"] = duplicates
+    if draws is not None:
+        out["draws"] = draws
+    check_options(backbone, out, n_obs)
+    return out
+
+
+@dataclass
+class InputCheck:
+    """Looks at every block before it is used: are the values right, are the expressed genes known?
+
+    Parameters
+    ----------
+    backbone, source, match
+        The run.
+    """
+
+    backbone: Backbone
+    source: CellSource
+    match: GeneMatch
+    _first: bool = field(default=True, init=False)
+
+    def __call__(self, block: Block) -> None:
+        if self._first and block.counts.nnz:
+            self._first = False
+            self._warn_if_few_known(block)
+
+    def _warn_if_few_known(self, block: Block) -> None:
+        expressed = np.zeros(self.source.n_vars, dtype=bool)
+        expressed[block.counts.indices] = True
+        share = float((self.match.ids[expressed] >= 0).mean())
+        if share < 0.5:
+            hint = self.match.hint or "Are these symbols of human genes? See gene_symbols=, gene_ids= and aliases=."
+            _logging.warning(f"only {share:.1%} of the expressed genes are known to {self.backbone.name}. {hint}")
+
+
+def run_record(
+    backbone: Backbone, source: CellSource, match: GeneMatch, params: Mapping[str, Any]
+) -> dict[str, dict[str, Any] | str]:
+    """What was done, in values that HDF5 and zarr can hold.
+
+    Parameters
+    ----------
+    params
+        Arguments of the tool; those that are ``None`` are left out.
+    """
+    origin = backbone.provenance
+    checkpoint = {
+        "id": origin.id,
+        "sha256": origin.sha256,
+        "licence": origin.licence,
+        "citation": origin.citation,
+        "weights": origin.weights,
+    }
+    params = {
+        **params,
+        "input": source.where,
+        "device": str(backbone.device),
+        "precision": str(backbone.dtype).removeprefix("torch."),
+    }
+    return {
+        "params": {name: storable(value) for name, value in params.items() if value is not None},
+        "checkpoint": checkpoint,
+        "genes": {
+            "matched": match.n_matched,
+            "missing": len(match) - match.n_matched,
+            "renamed": len(match.renamed),
+            "fraction": match.fraction,
+        },
+        "scfm_version": __version__,
+    }
+
+
+def storable(value: Any) -> Any:
+    """A value that HDF5 and zarr can hold; objects become their text."""
+    if isinstance(value, (bool, int, float, str, np.generic, np.ndarray)):
+        return value
+    if isinstance(value, dict):
+        return {str(name): storable(item) for name, item in value.items() if item is not None}
+    if isinstance(value, (list, tuple)) and all(isinstance(item, (bool, int, float, str)) for item in value):
+        return np.asarray(value)
+    return repr(value)
+
+
+def can_hold_results(adata: AnnData) -> None:
+    """Raise ``ValueError`` for a view of a backed object, to which nothing can be added."""
+    if adata.isbacked and adata.is_view:
+        msg = (
+            "a view of a backed AnnData cannot hold results. Load it with adata.to_memory(), or embed the whole file by "
+            "its path and take the rows you need"
+        )
+        raise ValueError(msg)

@@ -22,6 +22,13 @@ def copy_tutorials() -> None:
         shutil.copy2(notebook, target)
 
 
+def pinned_versions() -> dict[str, str]:
+    """Versions in ``constraints.txt``, for ``{{ torch }}`` in the text."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    return {name.replace("-", "_"): number for name, number in pins}
+
+
 copy_tutorials()
 
 # -- project ---------------------------------------------------------------------------------------------------------
@@ -48,13 +55,14 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
 ]
-source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
-exclude_patterns = ["_build", "**.ipynb_checkpoints"]
+source_suffix = {".rst": "restructuredtext", ".md": "myst-nb", ".ipynb": "myst-nb"}  # autosummary takes the first
+exclude_patterns = ["_build", "_templates", "**.ipynb_checkpoints"]
 templates_path = ["_templates"]
 needs_sphinx = "8.1"
 
-myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath", "fieldlist", "tasklist"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "substitution"]
 myst_heading_anchors = 4
+myst_substitutions = pinned_versions()
 nb_execution_mode = "off"
 nb_merge_streams = True
 
@@ -69,12 +77,6 @@ napoleon_use_rtype = True
 always_document_param_types = False
 typehints_defaults = "braces"
 typehints_use_rtype = False
-
-# where a class is documented, if that is not the module in which it is defined
-qualname_overrides = {
-    "scfm.backbones._base.Backbone": "scfm.Backbone",
-    "scfm.checkpoints.convert.LoadReport": "scfm.checkpoints.LoadReport",
-}
 
 # -- links -----------------------------------------------------------------------------------------------------------
 
@@ -94,8 +96,10 @@ if online:
     }
 # every link to a name of scfm has to resolve; those to other projects do where their inventories are loaded
 nitpicky = True
-nitpick_ignore_regex = [(r"py:.*", r"(?!scfm\.).*")]
-suppress_warnings = ["toc.empty_glob"]
+nitpick_ignore_regex = [
+    (r"py:.*", r"(?!scfm\.).*"),
+    (r"py:.*", r"scfm\.(.*\.)?_.*"),  # classes that are returned but not exported
+]
 
 # -- how it looks ----------------------------------------------------------------------------------------------------
 

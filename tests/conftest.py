@@ -38,3 +38,31 @@ def _isolated_settings(tmp_path, monkeypatch):
     yield
     for name, value in before.items():
         setattr(scfm.settings, name, value)
+
+
+class Golden:
+    """One golden case: what the reference implementation was given and what it returned."""
+
+    def __init__(self, path: Path) -> None:
+        import json
+
+        import numpy as np
+
+        self.path = path
+        self.case = json.loads((path / "case.json").read_text())
+        self.input = np.load(path / "input.npz", allow_pickle=False)
+        self.expected = np.load(path / "expected.npz", allow_pickle=False)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """``golden("scgpt", "binning")``: from the shared folder, else from the copies in ``tests/golden``, else skip."""
+    copies = Path(__file__).parent / "golden"
+
+    def find(model: str, case: str) -> Golden:
+        for root in (SHARED / "golden", copies):
+            if (root / model / case / "expected.npz").is_file():
+                return Golden(root / model / case)
+        return Golden(shared_path("golden", model, case))
+
+    return find

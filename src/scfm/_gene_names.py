@@ -46,6 +46,13 @@ def _share(names: np.ndarray, test: Callable[[str], object]) -> float:
     return sum(bool(test(name)) for name in filled) / max(1, len(filled))
 
 
+def some(names: Iterable[object], n: int = 5) -> str:
+    """The first names of many, for messages."""
+    names = list(names)
+    more = f" and {len(names) - n:,} more" if len(names) > n else ""
+    return ", ".join(map(str, names[:n])) + more
+
+
 class GeneNames(NamedTuple):
     """Names of the genes of a data set, and where in ``var`` they were found."""
 

@@ -23,3 +23,14 @@ RECOVERED_RECORD = "recover_counts"
 GENE_MATCH = "scfm_gene"
 GENE_MATCH_HOW = "scfm_match"
 GENE_MATCH_RECORD = "match_genes"
+COMPARISON = "compare_embeddings"
+
+
+def clusters(embedding_name: str) -> str:
+    """Column of ``obs`` for the Leiden clusters of an embedding."""
+    return f"leiden_{embedding_name}"
+
+
+def umap(embedding_name: str) -> str:
+    """Slot of ``obsm`` for the UMAP of an embedding."""
+    return f"X_umap_{embedding_name}"

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 
@@ -14,7 +14,7 @@ from .._errors import UnsupportedError
 from .._settings import Precision, settings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -109,8 +109,8 @@ class Backbone(ABC):
 
     @classmethod
     @abstractmethod
-    def recognizes(cls, directory: Path) -> bool:
-        """Whether ``directory`` holds an official checkpoint of this model."""
+    def recognizes(cls, path: Path) -> bool:
+        """Whether ``path`` is a folder with an official checkpoint of this model, or the weight file of one."""
 
     @classmethod
     @abstractmethod
@@ -153,6 +153,10 @@ class Backbone(ABC):
     ) -> TokenBatch:
         """Tokens as the pre-training objective expects them; ``generator`` drives what is random about them."""
         return self.tokenize(counts, genes)
+
+    def expected_values(self, options: Mapping[str, Any]) -> Literal["counts", "non-negative"]:
+        """What a matrix has to hold for these tokenizer options; negative and missing values are never allowed."""
+        return "counts"
 
     def prepare(self, blocks: Any, match: GeneMatch, options: dict[str, Any]) -> dict[str, Any]:
         """Complete tokenizer options that depend on the whole data set; ``blocks`` yields CSR blocks."""

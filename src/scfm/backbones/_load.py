@@ -7,7 +7,7 @@ import os
 import pickle
 import zipfile
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,7 +161,8 @@ def _class_of(entry: Entry) -> type[Backbone]:
 
 def _recognized_class(source: _Source) -> type[Backbone]:
     """The one installed backbone class that knows the directory."""
-    kinds = [kind for kind in backbone_kinds() if _recognizes(kind, source.directory)]
+    candidates = [source.directory / source.file] if source.file else []
+    kinds = [k for k in backbone_kinds() if any(_recognizes(k, path) for path in [*candidates, source.directory])]
     if len(kinds) == 1:
         return backbone_class(kinds[0])
     if kinds:
@@ -187,9 +188,9 @@ def _recognized_class(source: _Source) -> type[Backbone]:
     raise CheckpointError(msg)
 
 
-def _recognizes(kind: str, directory: Path) -> bool:
+def _recognizes(kind: str, path: Path) -> bool:
     try:
-        return backbone_class(kind).recognizes(directory)
+        return backbone_class(kind).recognizes(path)
     except (ImportError, AttributeError) as error:
         _logging.warning(f"the backbone class {kind!r} that some package provides cannot be imported: {error}")
         return False
@@ -230,7 +231,7 @@ def _load_stored(source: _Source) -> Backbone:
 
 def _load_local(source: _Source, weights: str | None, options: dict[str, Any]) -> Backbone:
     cls = _recognized_class(source)
-    if source.file not in (None, _weight_file(cls.kind, source.directory)):
+    if source.file is not None and source.file not in _released_names(cls.kind):
         if weights is not None:
             msg = f"weights={weights!r} was given together with the file {source.file}; give the directory instead"
             raise ValueError(msg)
@@ -245,14 +246,7 @@ def _load_local(source: _Source, weights: str | None, options: dict[str, Any]) -
         show_licence(same[0])
         name, provenance = same[0].name, _provenance(same[0], path, digest, checkpoint.weights)
     else:
-        name = cls.kind
-        provenance = Provenance(
-            id=source.directory.resolve().name,
-            path=str(path),
-            sha256=digest,
-            licence=_usual_licence(cls.kind),
-            weights=checkpoint.weights,
-        )
+        name, provenance = cls.kind, _presumed_provenance(cls.kind, path, digest, checkpoint.weights)
     return _from_checkpoint(cls, checkpoint, name=name, provenance=provenance)
 
 
@@ -345,18 +339,28 @@ def _provenance(entry: Entry, path: Path, sha256: str, weights: str) -> Provenan
     )
 
 
+def _released_names(kind: str) -> set[str]:
+    """Names the authors give to weight files."""
+    return {entry.weight_file.name for entry in _registry.entries().values() if entry.backbone == kind}
+
+
 def _weight_file(kind: str, directory: Path) -> str:
     """Name of the file with the weights: one the authors use, else the largest."""
-    for entry in _registry.entries().values():
-        if entry.backbone == kind and (directory / entry.weight_file.name).is_file():
-            return entry.weight_file.name
+    for name in sorted(_released_names(kind)):
+        if (directory / name).is_file():
+            return name
     return max((path for path in directory.iterdir() if path.is_file()), key=lambda path: path.stat().st_size).name
 
 
-def _usual_licence(kind: str) -> str:
-    """Licence of the released weights of a kind, for files whose hash does not tell what they are."""
-    names = {e.licence.name for e in _registry.entries().values() if e.backbone == kind and e.bundled is None}
-    return f"{' / '.join(sorted(names))} (if these are the released weights)" if names else ""
+def _presumed_provenance(kind: str, path: Path, sha256: str, weights: str) -> Provenance:
+    """For files whose hash does not tell what they are: what holds if they are released weights of their kind."""
+    provenance = Provenance(id=path.resolve().parent.name, path=str(path), sha256=sha256, weights=weights)
+    entry = next((e for e in _registry.entries().values() if e.backbone == kind and e.bundled is None), None)
+    if entry is None:
+        return provenance
+    show_licence(entry, presumed=True)
+    licence = f"{entry.licence.name} (if these are the released weights)"
+    return replace(provenance, licence=licence, citation=str(entry.citation))
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from .._settings import settings
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import requests
+
 _WAITS = (1, 5)  # seconds before the second and the third attempt
 _TIMEOUT = 30  # seconds without a byte
 _CHUNK = 2**20
@@ -49,32 +51,38 @@ def download(url: str, target: Path) -> Path:
 def _attempt(url: str, target: Path) -> Path:
     import requests
     from pooch import HTTPDownloader
+    from tqdm.auto import tqdm
 
-    start = _logging.info(f"downloading {url}")
-    fetch = HTTPDownloader(progressbar=settings.verbosity >= 2, chunk_size=_CHUNK, timeout=_TIMEOUT)
-    try:
-        fetch(url, str(target), None)
-    except requests.HTTPError as error:
-        status = error.response.status_code
-        msg = f"{url} cannot be downloaded: the server answers {status}."
-        raise (_BrokenOffError if status >= 500 else ConnectionError)(msg) from None
-    except requests.RequestException as error:
-        if _has_begun(target):
-            msg = f"The download of {url} broke off ({_reason(error)})."
-            raise _BrokenOffError(msg) from None
-        msg = f"{url} cannot be reached ({_reason(error)}). Check the network and the proxy settings."
-        raise OfflineError(msg) from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    _logging.info(f"downloading {url}")
+    # pooch sets the total when the server has told it; it takes a bar without a total for no bar
+    with tqdm(total=1, unit="B", unit_scale=True, desc=target.name, disable=settings.verbosity < 2) as bar:
+        fetch = HTTPDownloader(progressbar=bar, chunk_size=_CHUNK, timeout=_TIMEOUT)
+        try:
+            fetch(url, str(target), None)
+        except requests.RequestException as error:
+            raise _explained(url, error) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
             msg = f"no space left in {target.parent.parent}; set SCFM_CACHE to a directory on a larger disk"
             raise OSError(error.errno, msg) from None
-        raise
-    _logging.info("    finished", time=start)
     return target
 
 
-def _has_begun(target: Path) -> bool:
-    return target.exists() and target.stat().st_size > 0
+def _explained(url: str, error: requests.RequestException) -> ConnectionError:
+    """The same failure in one line, as a type that tells whether another attempt makes sense."""
+    import requests
+    from urllib3.exceptions import MaxRetryError
+
+    if isinstance(error, requests.HTTPError):
+        status = error.response.status_code
+        kind = _BrokenOffError if status >= 500 else ConnectionError
+        return kind(f"{url} cannot be downloaded: the server answers {status}.")
+    if error.args and isinstance(error.args[0], MaxRetryError):  # no connection came about
+        return OfflineError(f"{url} cannot be reached ({_reason(error)}). Check the network and the proxy settings.")
+    if isinstance(error, (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)):
+        return _BrokenOffError(f"The download of {url} broke off ({_reason(error)}).")
+    return ConnectionError(f"{url} cannot be downloaded ({_reason(error)}).")
 
 
 def _reason(error: BaseException) -> str:

@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .._settings import settings
 from ._files import read_json
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Commercial = Literal["yes", "no", "unstated"]
 Status = Literal["bundled", "cached", "downloadable", "by hand"]
@@ -306,7 +309,8 @@ def find(name: str) -> Entry | None:
 
 def close_matches(name: str) -> list[str]:
     """Names of checkpoints that look like ``name``."""
-    return difflib.get_close_matches(name.lower(), list(_names()), n=3, cutoff=0.5)
+    matches = difflib.get_close_matches(name.lower(), list(_names()), n=3, cutoff=0.5)
+    return list(dict.fromkeys(_names()[match] for match in matches))
 
 
 def info(name: str) -> Entry:
@@ -345,7 +349,7 @@ def unknown_name(name: str) -> str:
     return f"there is no checkpoint called {name!r}.{hint} scfm.checkpoints.list() shows all names."
 
 
-def list_checkpoints():
+def list_checkpoints() -> pd.DataFrame:
     """Table of all checkpoints.
 
     Returns

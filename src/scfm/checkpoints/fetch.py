@@ -96,16 +96,19 @@ def fetch_files(
     return directory
 
 
-def show_licence(entry: Entry) -> None:
-    """Log licence and citation of a checkpoint, once per process."""
+def show_licence(entry: Entry, *, presumed: bool = False) -> None:
+    """Log licence and citation of a checkpoint, once per process; ``presumed`` if its identity is not certain."""
     if entry.name in _shown:
         return
     _shown.add(entry.name)
     licence = entry.licence
+    lines = [f"{licence.text} {licence.url}".rstrip()]
+    if entry.citation.text:
+        lines.append(f"Cite: {entry.citation}")
     _logging.info(
-        f"{entry.name}: licence of the weights: {licence.name} (commercial use: {licence.commercial})",
-        deep=f"{licence.text} {licence.url}".rstrip()
-        + (f"\n    Cite: {entry.citation}" if entry.citation.text else ""),
+        f"{'If these are the released weights of ' if presumed else ''}{entry.name}: "
+        f"licence of the weights: {licence.name} (commercial use: {licence.commercial})",
+        deep="\n    ".join(lines),
     )
 
 

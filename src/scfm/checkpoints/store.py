@@ -277,17 +277,20 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _writable(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Contiguous CPU tensors, of which no two start at the same address (safetensors refuses tied weights)."""
+    """Contiguous CPU tensors that share no memory: safetensors refuses tied weights and slices of one another."""
     out: dict[str, Tensor] = {}
-    addresses: set[int] = set()
+    taken: list[tuple[int, int]] = []
     for key, value in state.items():
         tensor = value.detach().cpu()
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(dtype)
         tensor = tensor.contiguous()
-        if tensor.numel() and tensor.data_ptr() in addresses:
+        start = tensor.data_ptr()
+        end = start + tensor.numel() * tensor.element_size()
+        if any(start < other_end and other_start < end for other_start, other_end in taken):
             tensor = tensor.clone()
-        addresses.add(tensor.data_ptr())
+        else:
+            taken.append((start, end))
         out[key] = tensor
     return out
 

@@ -136,15 +136,8 @@ def open_source(data: Input, *, layer: str | None = None, use_raw: bool = False)
         source = _from_path(Path(data), layer, use_raw)
     elif isinstance(data, AnnData):
         source = _from_anndata(data, layer, use_raw)
-    elif hasattr(data, "mod"):
-        modalities = list(data.mod)
-        msg = (
-            f"this is a MuData with modalities {modalities}; pass one of them, for example mdata[{_rna(modalities)!r}]"
-        )
-        raise TypeError(msg)
     else:
-        msg = f"expected AnnData, a path to .h5ad or .zarr, or a list of these; got {type(data).__name__}"
-        raise TypeError(msg)
+        raise TypeError(_wrong_type(data))
     if source.n_vars == 0:
         source.close()
         msg = f"{source.where} has no genes ({source.n_obs} cells x 0 genes); was everything filtered out?"
@@ -161,7 +154,7 @@ def _from_anndata(adata: AnnData, layer: str | None, use_raw: bool) -> CellSourc
     elif layer is not None:
         if layer not in adata.layers:
             raise KeyError(_missing_layer(layer, adata.layers.keys()))
-        where, matrix, var = f"adata.layers[{layer!r}]", adata.layers[layer], adata.var
+        where, matrix, var = f"layer {layer!r}", adata.layers[layer], adata.var
     elif adata.isbacked and adata.is_view:
         return CellSource(_backed_view(adata), adata.obs_names, adata.var, "adata.X")
     else:
@@ -196,7 +189,7 @@ def _from_path(path: Path, layer: str | None, use_raw: bool) -> CellSource:
                 raise KeyError(_missing_layer(layer, stored.layers()))
         else:
             name = "X"
-        where = f"{name} of {path.name}"
+        where = f"{f'layer {layer!r}' if layer is not None else name} of {path.name}"
         matrix = stored.matrix(name)
         if matrix is None:
             msg = f"{path.name} has no {name}; layers: {_listed(stored.layers())}"
@@ -238,8 +231,14 @@ def _join(parts: list[CellSource], files: ExitStack) -> CellSource:
     return CellSource(reader, obs_names, pd.concat(frames), where, files)
 
 
-def _rna(modalities: list[str]) -> str:
-    return next((name for name in ("rna", "gex", *modalities) if name in modalities), "rna")
+def _wrong_type(data: Any) -> str:
+    from mudata import MuData
+
+    if isinstance(data, MuData):
+        names = list(data.mod)
+        rna = next((name for name in ("rna", "gex", *names) if name in names), "rna")
+        return f"this is MuData with modalities {_listed(names)}; pass one of them, for example mdata[{rna!r}]"
+    return f"expected AnnData, a path to .h5ad or .zarr, or a list of these; got {type(data).__name__}"
 
 
 def _missing_layer(layer: str, present: Any) -> str:

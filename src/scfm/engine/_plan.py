@@ -71,12 +71,13 @@ def plan_batches(lengths: NDArray[np.integer], limits: Limits) -> list[NDArray[n
     first = 0
     while first < len(order):
         longest = int(ordered[first])
-        allowed = limits.at_most(longest)
-        n = len(order) - first if allowed is None else min(allowed, len(order) - first)
+        left = len(order) - first
+        allowed = limits.at_most(longest) or left
+        n = min(allowed, left)
         padded = longest * np.arange(1, n + 1)
         waste = 1 - (summed[first + 1 : first + n + 1] - summed[first]) / padded
         tight = int(np.searchsorted(waste, _MAX_WASTE, side="right"))
-        n = max(tight, -(-n // _SMALLEST_SHARE))
+        n = max(tight, min(n, -(-allowed // _SMALLEST_SHARE)))
         batches.append(order[first : first + n])
         first += n
     return batches

@@ -71,9 +71,7 @@ def query_features(q: Tensor, projection: Tensor) -> Tensor:
     return (torch.exp(u - g - u.amax(-1, keepdim=True)) + EPSILON) * projection.shape[0] ** -0.5
 
 
-def key_features(
-    k: Tensor, projection: Tensor, *, key_max: KeyMax = "cell", padding: Tensor | None = None
-) -> Tensor:
+def key_features(k: Tensor, projection: Tensor, *, key_max: KeyMax = "cell", padding: Tensor | None = None) -> Tensor:
     """Positive random features of keys.
 
     Parameters
@@ -167,17 +165,16 @@ class KeySums:
     length: int = 0
 
     @classmethod
-    def empty(cls, heads: int, projection: Tensor, value_dim: int | None = None) -> KeySums:
+    def empty(cls, heads: int, projection: Tensor) -> KeySums:
         """Start with no keys; the (unscaled) ``projection`` decides device and type, at least float32."""
         features, dim = projection.shape
-        value_dim = dim if value_dim is None else value_dim
         projection = _scaled(projection)
         return cls(
             projection=projection,
             maximum=projection.new_full((heads,), -math.inf),
-            products=projection.new_zeros(heads, features, value_dim),
+            products=projection.new_zeros(heads, features, dim),
             weights=projection.new_zeros(heads, features),
-            values=projection.new_zeros(heads, value_dim),
+            values=projection.new_zeros(heads, dim),
         )
 
     def add(self, k: Tensor, v: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ._compare_embeddings import compare_embeddings
 from ._embed import embed
 
-__all__ = ["embed"]
+__all__ = ["compare_embeddings", "embed"]

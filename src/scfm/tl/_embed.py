@@ -47,7 +47,7 @@ def embed(
     gene_symbols: str | None = None,
     gene_ids: str | None = None,
     aliases: Aliases = None,
-    duplicates: Literal["sum", "keep", "error"] = "sum",
+    duplicates: Literal["sum", "keep", "error"] | None = None,
     device: str = "auto",
     precision: Precision = "auto",
     batch_size: int | None = None,
@@ -91,7 +91,8 @@ def embed(
         HGNC table of previous and alias symbols: a file, a data frame, or a :class:`scfm.genes.AliasTable`. By default
         ``hgnc_complete_set.txt`` in ``scfm.settings.cachedir`` if it is there; ``False`` uses none.
     duplicates
-        Columns of the same gene are summed, kept apart, or refused.
+        Columns of the same gene are summed, kept apart, or refused; by default as the model's ``tokenize`` does,
+        which is to sum counts.
     device, precision
         Where and in which floating-point type to compute; ``"auto"`` follows ``scfm.settings``. A model that is loaded
         already stays as it is unless one of them is named.
@@ -176,7 +177,7 @@ def embed(
             shape=(backbone.embedding_dim(pooling),),
             task={"output": "cell embedding", "pooling": pooling},
             options=options,
-            check=InputCheck(backbone, source, match),
+            check=InputCheck(backbone, source, match, options),
             batch_size=batch_size,
             tokens_per_batch=tokens_per_batch,
             block_size=block_size,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import __version__, _logging
+from .._counts import CountStats
 from ..backbones import Backbone, load
 from ..engine import accepted_options, check_options
 from ..genes import AliasTable, resolve_gene_names
@@ -84,9 +85,9 @@ def seed_of(rng: int | np.random.Generator) -> int:
 
 
 def tokenizer_options(
-    backbone: Backbone, options: Mapping[str, Any], *, n_obs: int, seed: int, duplicates: str, draws: Any
+    backbone: Backbone, options: Mapping[str, Any], *, n_obs: int, seed: int, duplicates: str | None, draws: Any
 ) -> dict[str, Any]:
-    """Options of the tokenizer; those that all tools have are passed on only to models that know them.
+    """Options of the tokenizer, among them those that tools have as arguments of their own.
 
     Raises
     ------
@@ -97,7 +98,7 @@ def tokenizer_options(
     out = dict(options)
     if "rng" in accepted:
         out["rng"] = seed
-    if "duplicates" in accepted or duplicates != "sum":
+    if duplicates is not None:
         out["duplicates"] = duplicates
     if draws is not None:
         out["draws"] = draws
@@ -111,19 +112,38 @@ class InputCheck:
 
     Parameters
     ----------
-    backbone, source, match
+    backbone, source, match, options
         The run.
     """
 
     backbone: Backbone
     source: CellSource
     match: GeneMatch
-    _first: bool = field(default=True, init=False)
+    options: dict[str, Any]
+    _stats: CountStats = field(default_factory=CountStats, init=False)
+    _looked_at_genes: bool = field(default=False, init=False)
+    _warned: bool = field(default=False, init=False)
 
     def __call__(self, block: Block) -> None:
-        if self._first and block.counts.nnz:
-            self._first = False
+        """Raise ``ValueError`` at the first block with wrong values, naming the matrix and the remedy."""
+        if problem := self._stats.update(block.counts).problem():
+            self._refuse_or_warn(problem)
+        if block.counts.nnz and not self._looked_at_genes:
+            self._looked_at_genes = True
             self._warn_if_few_known(block)
+
+    def _refuse_or_warn(self, problem: str) -> None:
+        stats, name = self._stats, self.backbone.name
+        refused = stats.n_negative or stats.n_nan or stats.n_infinite
+        if refused or self.backbone.expected_values(self.options) == "counts":
+            msg = f"{self.source.where} does not hold what {name} needs: it {problem}. {stats.remedy()}"
+            raise ValueError(msg)
+        if not self._warned:
+            self._warned = True
+            _logging.warning(
+                f"{self.source.where} {problem}. {name} takes such values, but counts give other embeddings: "
+                "never compare cells that were embedded from different kinds of values"
+            )
 
     def _warn_if_few_known(self, block: Block) -> None:
         expressed = np.zeros(self.source.n_vars, dtype=bool)

@@ -144,7 +144,9 @@ class SCFoundationConfig:
             own[f"{side}_layer"] = part["module_type"]
             own[f"{side}_ff_dropout"] = float(part.get("ff_dropout", 0.0))
             own[f"{side}_attention_dropout"] = float(part.get("attn_dropout", 0.0))
-        own |= {ours: kind(flat[upstream]) for upstream, (ours, kind) in _SCALARS.items() if flat.get(upstream) is not None}
+        own |= {
+            ours: kind(flat[upstream]) for upstream, (ours, kind) in _SCALARS.items() if flat.get(upstream) is not None
+        }
         return cls(**own)
 
 

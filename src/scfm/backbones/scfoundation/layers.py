@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...nn.attention import attention_weights
 from ...nn.linear_attention import (
     KeyMax,
     KeySums,
@@ -69,6 +70,11 @@ class TransformerLayer(nn.Module):
             target.copy_(self.norm2(self.linear2(F.relu_(self.linear1(y))).add_(y)))
         return out
 
+    def attention_map(self, x: Tensor, places: Tensor) -> Tensor:
+        """Softmax weights among some tokens of one cell, ``(heads, places, places)``."""
+        q, k, _ = self.project(x)
+        return attention_weights(q[places].transpose(0, 1)[None], k.transpose(0, 1)[None])[0, ..., places]
+
 
 class TransformerStack(nn.Module):
     """Transformer layers and a final LayerNorm."""
@@ -87,6 +93,12 @@ class TransformerStack(nn.Module):
         if rows is not None:
             x = x.unflatten(0, (len(lengths), -1))[:, rows].flatten(0, 1)
         return self.norm(x)
+
+    def inputs_of(self, layer: int, x: Tensor) -> Tensor:
+        """What a layer gets when ``x`` of shape ``(tokens, dim)`` is the input of the stack and a single cell."""
+        for block in self.layers[:layer]:
+            x = block(x, [len(x)])
+        return x
 
 
 class PerformerLayer(nn.Module):
@@ -109,7 +121,7 @@ class PerformerLayer(nn.Module):
         self.attention_dropout = nn.Dropout(attention_dropout)
         self.register_buffer("projection", orthogonal_random_features(default_features(dim_head), dim_head))
 
-    def _apply(self, fn, recurse: bool = True):  # noqa: FBT001, FBT002
+    def _apply(self, fn, recurse: bool = True):
         # exponents of the random features need float32, so the projection follows the device but no lower precision
         before = self.projection
         super()._apply(fn, recurse)
@@ -146,6 +158,12 @@ class PerformerLayer(nn.Module):
             attended = context.read(self.split_heads(self.query(self.norm1(some))))
             some.add_(self.out(attended.flatten(1)))
             some.add_(self.linear2(torch.ops.aten.gelu_(self.linear1(self.norm2(some)))))
+
+    def attention_map(self, x: Tensor, places: Tensor) -> Tensor:
+        """Weights among some tokens of one cell that the linear attention implies, ``(heads, places, places)``."""
+        sums = self.key_sums(x)
+        h = self.norm1(x[places])
+        return sums.context(sums.maximum.amax()).map(self.split_heads(self.query(h)), self.split_heads(self.key(h)))
 
 
 class PerformerStack(nn.Module):
@@ -199,6 +217,13 @@ class PerformerStack(nn.Module):
             for cell, total, maximum in zip(cells, sums, shared_maxima(sums, key_max), strict=True):
                 layer.update_(cell, total, maximum)
         return self.norm(x if rows is None else torch.cat(cells))
+
+    def inputs_of(self, layer: int, x: Tensor) -> Tensor:
+        """What a layer gets when ``x``, which is overwritten, is the input of the stack and a single cell."""
+        for block in self.layers[:layer]:
+            sums = block.key_sums(x)
+            block.update_(x, sums, sums.maximum.amax())
+        return x
 
     @torch.no_grad()
     def redraw_projections(self, generator: torch.Generator | None = None) -> None:

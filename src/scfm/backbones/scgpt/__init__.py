@@ -15,12 +15,12 @@ from .._base import Backbone, Checkpoint
 from .._tokens import TokenBatch
 from . import checkpoint, generation, tokenizer
 from .config import PRESETS, SCGPTConfig
-from .heads import Decoded, elastic_cell_similarity
+from .heads import Decoded, MVCDecoder, elastic_cell_similarity
 from .module import SCGPT
 from .tokenizer import TieBreak, TokenDraws
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from scipy.sparse import csr_matrix
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from ...genes import GeneVocab
 
-__all__ = ["PRESETS", "SCGPT", "SCGPTBackbone", "SCGPTConfig", "SCGPTOutput", "TokenDraws"]
+__all__ = ["PRESETS", "SCGPT", "MVCDecoder", "SCGPTBackbone", "SCGPTConfig", "SCGPTOutput", "TokenDraws"]
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ class SCGPTBackbone(Backbone):
     # -- building ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def recognizes(cls, directory: Path) -> bool:
-        """Whether ``directory`` holds ``best_model.pt`` and ``vocab.json``."""
-        return checkpoint.recognizes(directory)
+    def recognizes(cls, path: Path) -> bool:
+        """Whether ``path`` holds ``best_model.pt`` and ``vocab.json``, or is a file with the weights of scGPT."""
+        return checkpoint.recognizes(path)
 
     @classmethod
     def read_official(cls, directory: Path, **options: Any) -> Checkpoint:
@@ -118,6 +118,10 @@ class SCGPTBackbone(Backbone):
         """Width of the cell embedding (the same for each pooling)."""
         self.check_pooling(pooling)
         return self.config.dim
+
+    def expected_values(self, options: Mapping[str, Any]) -> Literal["counts", "non-negative"]:
+        """Bins depend on the order of values only, so that normalised values serve too."""
+        return "non-negative"
 
     # -- tokens ------------------------------------------------------------------------------------------------------
 

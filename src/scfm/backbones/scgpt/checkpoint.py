@@ -52,9 +52,17 @@ KEY_TABLE = (
 )
 
 
-def recognizes(directory: Path) -> bool:
-    """Whether a folder looks like an official scGPT checkpoint."""
-    return (directory / WEIGHTS).is_file() and (directory / VOCAB).is_file()
+def recognizes(path: Path) -> bool:
+    """Whether a folder looks like an official scGPT checkpoint, or a file holds weights of scGPT."""
+    if path.is_dir():
+        return (path / WEIGHTS).is_file() and (path / VOCAB).is_file()
+    if path.suffix not in (".pt", ".pth"):
+        return False
+    try:
+        keys = read_state(path).keys()
+    except CheckpointError:
+        return False
+    return {"encoder.embedding.weight", "module.encoder.embedding.weight"} & keys != set()
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -118,6 +126,7 @@ def read(
     weights: str | None = None,
     args: Mapping[str, Any] | None = None,
     vocab: Path | Mapping[str, int] | Sequence[str] | GeneVocab | None = None,
+    strict: bool = True,
 ) -> Checkpoint:
     """Read an official folder, or one weights file with what belongs to it given by hand.
 
@@ -131,12 +140,18 @@ def read(
         Entries that add to or replace those of ``args.json``; names as upstream writes them.
     vocab
         Vocabulary to use instead of ``vocab.json``.
+    strict
+        Refuse files with keys that the key table does not know; otherwise they are dropped and reported. (The content
+        of the continually pre-trained file is not documented.)
     """
     path = directory / (weights or WEIGHTS)
     if not path.is_file():
         msg = f"no file {path.name} in {directory}"
         raise CheckpointError(msg)
     state, report = rename(read_state(path), KEY_TABLE)
+    if not strict:
+        report.dropped |= dict.fromkeys(report.unexpected, "unknown key, strict=False")
+        report.unexpected.clear()
     if "genes.embedding.weight" not in state or "layers.0.qkv.weight" not in state:
         msg = f"{path} is no scGPT checkpoint: it has no gene embedding or no transformer layer"
         raise CheckpointError(msg)

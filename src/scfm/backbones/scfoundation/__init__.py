@@ -1,0 +1,306 @@
+"""scFoundation (Hao et al., Nature Methods 2024) behind the contract of all backbones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+
+from ...genes import GeneMatch
+from .._base import Backbone, Checkpoint
+from .._tokens import TokenBatch
+from . import attention, checkpoint, tokenizer
+from .config import PRESETS, SCFoundationConfig
+from .module import SCFoundation, split_tokens
+from .pooling import POOLINGS, pool
+from .tokenizer import DepthTarget, InputMode, InputType
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    from scipy.sparse import csr_matrix
+    from torch import Tensor
+
+    from ...genes import GeneVocab
+    from ...nn.linear_attention import KeyMax
+
+__all__ = ["PRESETS", "SCFoundation", "SCFoundationBackbone", "SCFoundationConfig"]
+
+
+class SCFoundationBackbone(Backbone):
+    """scFoundation for inference; built by :func:`scfm.load`.
+
+    A cell is the set of its expressed genes with log-normalised values, and two read depths: that of the input (token
+    S) and the wanted one (token T). The encoder sees these, the decoder sees all genes of the vocabulary, so
+    :meth:`gene_states` and :meth:`reconstruct` give each gene of the vocabulary for each cell.
+
+    The official file holds three sets of weights; choose with ``scfm.load(..., weights=)`` between ``"cell"`` (the
+    default; cell embeddings), ``"rde"`` (cell embeddings across read depths) and ``"gene"`` (gene states and
+    reconstruction).
+    """
+
+    kind: ClassVar[str] = "scfoundation"
+    capabilities: ClassVar[frozenset[str]] = frozenset(
+        {"embeds", "gene_embeddings", "gene_states", "reconstructs", "attends", "enhances_depth", "pretrains"}
+    )
+    poolings: ClassVar[tuple[str, ...]] = POOLINGS
+    module: SCFoundation
+    config: SCFoundationConfig
+
+    # -- building ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def recognizes(cls, directory: Path) -> bool:
+        """Whether ``directory``, or its subfolder ``models``, holds ``models.ckpt``."""
+        return checkpoint.recognizes(directory)
+
+    @classmethod
+    def read_official(cls, directory: Path, **options: Any) -> Checkpoint:
+        """Read an official container; options are those of ``scfm.backbones.scfoundation.checkpoint.read``."""
+        return checkpoint.read(directory, **options)
+
+    @classmethod
+    def config_from_dict(cls, values: dict[str, Any]) -> SCFoundationConfig:
+        """Rebuild the config from JSON values."""
+        return SCFoundationConfig(**values)
+
+    @classmethod
+    def build(cls, config: SCFoundationConfig, vocab: GeneVocab) -> SCFoundation:
+        """Make the network with fresh weights."""
+        if len(vocab) != config.n_genes:
+            msg = f"the vocabulary has {len(vocab):,} genes, the config {config.n_genes:,}; they have to agree"
+            raise ValueError(msg)
+        return SCFoundation(config)
+
+    def embedding_dim(self, pooling: str | None = None) -> int:
+        """Width of the cell embedding: four times the encoder's for ``"all"``, else once."""
+        return self.config.encoder_dim * (4 if self.check_pooling(pooling) == "all" else 1)
+
+    # -- tokens ------------------------------------------------------------------------------------------------------
+
+    def tokenize(
+        self,
+        counts: csr_matrix,
+        genes: Sequence[str] | np.ndarray | GeneMatch,
+        *,
+        input_type: InputType = "singlecell",
+        pre_normalized: bool | Literal["F", "T", "A"] = False,
+        target: str = "t4",
+        tgthighres: str | None = None,
+        total_counts: np.ndarray | None = None,
+        median_total: float | None = None,
+        duplicates: Literal["sum", "error"] | None = None,
+    ) -> TokenBatch:
+        """Turn expression into tokens: expressed genes in the order of the vocabulary, then T, then S.
+
+        Parameters
+        ----------
+        counts
+            Sparse matrix ``(cells, genes)``. With ``pre_normalized="A"`` it may have one more column at the end, the
+            total count of each cell.
+        genes
+            Names of the columns, a :class:`scfm.genes.GeneMatch`, or vocabulary ids (columns with -1 are left out).
+        input_type
+            ``"singlecell"``, or ``"bulk"`` for bulk profiles.
+        pre_normalized
+            What the numbers are: ``False`` (or ``"F"``) for counts; ``True`` (``"T"``) for log-normalised values, from
+            whose sum the read depth is then taken, as upstream does; ``"A"`` for log-normalised values with
+            ``total_counts``.
+        target
+            Wanted read depth of single cells (token T): ``"t4"`` for 10^4 counts, ``"f5"`` for five times and ``"a1"``
+            for 10^1 times the counts of the cell. Bulk profiles have T = S.
+        tgthighres
+            Upstream's name of ``target``; wins if given.
+        total_counts
+            Total count of each cell for ``pre_normalized="A"``, shape ``(cells,)``.
+        median_total
+            Sum that bulk counts are scaled to. By default the median over the cells of this call; :meth:`prepare` and
+            with it every function of ``scfm.tl`` takes the median over the whole data set, as upstream does.
+        duplicates
+            Columns of one gene are summed or refused; by default counts are summed and normalised values refused,
+            because a sum of logarithms means nothing.
+
+        Returns
+        -------
+        Tokens; cells without any known expressed gene or with a total count of 1 or less are not ``valid``.
+
+        Raises
+        ------
+        ValueError
+            For an unknown mode or target, negative counts, missing values, or a wrong number of columns or totals.
+        """
+        from scipy.sparse import csr_matrix
+
+        mode = InputMode(input_type, pre_normalized)
+        target = DepthTarget.parse(target if tgthighres is None else tgthighres)
+        counts, totals = tokenizer.split_totals(csr_matrix(counts), len(genes), mode, total_counts)
+        if duplicates is None:
+            duplicates = "sum" if mode.pre_normalized is False else "error"
+        counts, ids = self._known(counts, genes, duplicates)
+        return tokenizer.tokenize(
+            counts, ids, self.config, mode=mode, target=target, totals=totals, median_total=median_total
+        )
+
+    def tokenize_for_training(
+        self, counts: csr_matrix, genes: Sequence[str] | np.ndarray | GeneMatch, generator: torch.Generator
+    ) -> TokenBatch:
+        """All expressed genes with T = S; the objective masks and down-samples them."""
+        return self.tokenize(counts, genes, target="f1")
+
+    def prepare(self, blocks: Iterable[csr_matrix], match: GeneMatch, options: dict[str, Any]) -> dict[str, Any]:
+        """Add ``median_total`` for bulk counts; all other inputs do not depend on other cells."""
+        names = ("input_type", "pre_normalized")
+        mode = InputMode(**{name: options[name] for name in names if name in options})
+        if not mode.needs_median or options.get("median_total") is not None:
+            return options
+        duplicates = options.get("duplicates") or "sum"
+        sums = [tokenizer.row_sums(match.collapse(block, duplicates=duplicates)[0]) for block in blocks]
+        return {**options, "median_total": tokenizer.median_of_positive(np.concatenate(sums) if sums else np.zeros(0))}
+
+    def _known(
+        self, counts: csr_matrix, genes: Sequence[str] | np.ndarray | GeneMatch, duplicates: str
+    ) -> tuple[csr_matrix, np.ndarray]:
+        if duplicates == "keep":
+            msg = "scFoundation has one place for each gene; use duplicates='sum' or 'error'"
+            raise ValueError(msg)
+        if not isinstance(genes, GeneMatch):
+            genes = np.asarray(genes)
+            if genes.dtype.kind in "iu":
+                names = np.append(self.vocab.names, "")[genes]
+                genes = names
+            genes = self.vocab.match(genes)
+        return genes.collapse(counts, duplicates=duplicates)
+
+    def batch(
+        self,
+        rows: Tensor | np.ndarray,
+        values: Tensor | np.ndarray | None = None,
+        *,
+        padding: Tensor | np.ndarray | None = None,
+    ) -> TokenBatch:
+        """Build a token batch from arrays that hold model values already.
+
+        Parameters
+        ----------
+        rows
+            Without ``values``: model rows ``(cells, n_genes + 2)``, genes, then T, then S (or without the last two).
+            Positive entries go to the encoder; the mask value and other entries that are not zero are seen by the
+            decoder alone. With ``values``: position ids, ``(cells, length)``.
+        values
+            Value channel of padded arrays, ``(cells, length)``; the encoder sees all of it.
+        padding
+            True at positions to leave out, ``(cells, length)``; by default where the id is that of padding.
+        """
+        if values is None:
+            return tokenizer.tokens_of_rows(np.asarray(rows), self.config)
+        ids = torch.as_tensor(rows)
+        tokens = TokenBatch.from_padded(
+            ids, torch.as_tensor(values), pad_id=self.config.pad_id, pad_value=self.config.pad_value, padding=padding
+        )
+        return tokenizer.checked_ids(tokens, self.config)
+
+    # -- outputs -----------------------------------------------------------------------------------------------------
+
+    def _embed(self, tokens: TokenBatch, pooling: str) -> Tensor:
+        """Cell embeddings; ``"all"`` is S, T, maximum and mean over genes side by side.
+
+        ``"max"`` is the maximum over all tokens, T and S included. The parts of ``"all"`` are ``"S"``, ``"T"``,
+        ``"gene_max"`` and ``"gene_mean"``.
+        """
+        parts = (pool(part, self.module.encode(part), pooling, self.config) for part in split_tokens(tokens))
+        return torch.cat(list(parts))
+
+    def _gene_embeddings(self) -> Tensor:
+        return self.module.gene_embedding.weight[: self.config.n_genes]
+
+    def _gene_states(
+        self, tokens: TokenBatch, *, genes: Sequence[int] | np.ndarray | Tensor | None = None, key_max: KeyMax = "cell"
+    ) -> Tensor:
+        """Decoder states of genes, ``(cells, genes, decoder_dim)``.
+
+        Parameters
+        ----------
+        tokens
+            Token batch.
+        genes
+            Ids of the wanted genes, which saves work in the last layer; all by default.
+        key_max
+            ``"cell"`` gives each cell the same numbers in every batch. ``"batch"`` is upstream's ``gene_batch``: the
+            cells of the batch influence each other through the maximum of the linear attention.
+        """
+        positions = self._positions(genes)
+        shape = (len(positions), self.config.decoder_dim)
+        return self._decode(tokens, positions, key_max, shape, lambda states: states)
+
+    def _reconstruct(
+        self,
+        tokens: TokenBatch,
+        *,
+        genes: Sequence[int] | np.ndarray | Tensor | None = None,
+        include_depth_tokens: bool = False,
+        key_max: KeyMax = "cell",
+    ) -> Tensor:
+        """Predicted expression, ``log1p`` of counts per 10,000 of a cell with read depth T, ``(cells, genes)``.
+
+        Predictions can be negative.
+
+        Parameters
+        ----------
+        tokens
+            Token batch.
+        genes
+            Ids of the wanted genes; all by default.
+        include_depth_tokens
+            Append the (meaningless) outputs at T and S, as the network of upstream does.
+        key_max
+            As for gene states.
+        """
+        positions = self._positions(genes)
+        if include_depth_tokens:
+            depths = positions.new_tensor([self.config.target_id, self.config.source_id])
+            positions = torch.cat([positions, depths])
+        return self._decode(tokens, positions, key_max, (len(positions),), self.module.predict)
+
+    def _attention(self, tokens: TokenBatch, layer: int, **options: Any) -> Tensor:
+        """Attention maps; see :func:`scfm.backbones.scfoundation.attention.attention_map`."""
+        return attention.attention_map(self.module, tokens, layer, **options)
+
+    def _pretraining_loss(self, tokens: TokenBatch, generator: torch.Generator | None, **options: Any) -> Any:
+        from .objective import read_depth_aware_loss
+
+        return read_depth_aware_loss(self, tokens, generator, **options)
+
+    # -- parts -------------------------------------------------------------------------------------------------------
+
+    def _positions(self, genes: Sequence[int] | np.ndarray | Tensor | None) -> Tensor:
+        if genes is None:
+            return torch.arange(self.config.n_genes, device=self.device)
+        positions = torch.as_tensor(np.asarray(genes), device=self.device)
+        if positions.is_floating_point() or positions.ndim != 1:
+            msg = "genes must be a list of vocabulary ids; use backbone.vocab.get_ids(names) to get them from names"
+            raise ValueError(msg)
+        if positions.numel() and (positions.min() < 0 or positions.max() >= self.config.n_genes):
+            msg = f"gene ids must lie between 0 and {self.config.n_genes - 1}"
+            raise ValueError(msg)
+        return positions.long()
+
+    def _decode(
+        self, tokens: TokenBatch, positions: Tensor, key_max: str, shape: tuple[int, ...], finish: Any
+    ) -> Tensor:
+        """Decoder output of all cells, NaN for cells that are not valid."""
+        kind = torch.promote_types(self.dtype, torch.float32)
+        out = torch.full((len(tokens), *shape), torch.nan, dtype=kind, device=self.device)
+        usable = tokens.lengths > 0 if tokens.valid is None else tokens.valid
+        rows = torch.nonzero(usable).squeeze(1)
+        if rows.numel():
+            chosen = tokens if bool(usable.all()) else tokens.select(rows.cpu())
+            states: Iterator[Tensor] = self.module.decode(
+                chosen, self.module.encode(chosen), rows=positions, key_max=key_max
+            )
+            start = 0
+            for some in states:
+                out[rows[start : start + len(some)]] = finish(some).to(kind)
+                start += len(some)
+        return out

@@ -1,0 +1,7 @@
+"""What every result of a foundation model is compared with."""
+
+from __future__ import annotations
+
+from ._pca import hvg_pca
+
+__all__ = ["hvg_pca"]

@@ -1,0 +1,8 @@
+"""Plots of what ``scfm.tl`` wrote."""
+
+from __future__ import annotations
+
+from ._compare_embeddings import compare_embeddings
+from ._training import training_curve
+
+__all__ = ["compare_embeddings", "training_curve"]

@@ -1,0 +1,104 @@
+"""UMAPs of several embeddings with their scores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from .. import _keys
+from ._figure import finish
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+
+_SCORES = ("ARI", "NMI", "silhouette")
+_PANEL = 3.1
+
+
+def compare_embeddings(
+    adata: AnnData,
+    *,
+    color: str | None = None,
+    key: str | None = None,
+    size: float | None = None,
+    show: bool | None = None,
+    save: str | Path | None = None,
+) -> Sequence[Axes] | None:
+    """Draw the UMAP of each embedding and a chart of the scores.
+
+    Parameters
+    ----------
+    adata
+        Annotated data after :func:`scfm.tl.compare_embeddings`.
+    color
+        Column of ``obs`` to colour cells by; by default the labels that were compared with.
+    key
+        Slot of ``uns`` with the comparison.
+    size
+        Size of the points.
+    show, save
+        Show the figure, or the file to save it to.
+
+    Returns
+    -------
+    The axes, one for each embedding and one for the scores, unless the figure is shown.
+
+    Raises
+    ------
+    KeyError
+        If the comparison, or its UMAPs, do not exist.
+    """
+    key = key or _keys.COMPARISON
+    if key not in adata.uns:
+        msg = f"uns has no comparison {key!r}; run scfm.tl.compare_embeddings first"
+        raise KeyError(msg)
+    scores, params = adata.uns[key]["scores"], adata.uns[key]["params"]
+    color = color or str(params["labels_key"])
+    panels = [(str(name), _keys.umap(str(slot))) for name, slot in zip(params["names"], params["slots"], strict=True)]
+    if missing := [slot for _, slot in panels if slot not in adata.obsm]:
+        msg = f"obsm has no {', '.join(missing)}; run scfm.tl.compare_embeddings with umap=True"
+        raise KeyError(msg)
+    labels = pd.Categorical(adata.obs[color])
+    palette = plt.get_cmap("tab20" if len(labels.categories) > 10 else "tab10")
+    n_columns = min(3, len(panels) + 1)
+    n_rows = -(-(len(panels) + 1) // n_columns)
+    figure, grid = plt.subplots(
+        n_rows, n_columns, figsize=(_PANEL * n_columns + 1.8, _PANEL * n_rows), layout="constrained", squeeze=False
+    )
+    axes = list(grid.ravel())
+    size = 12_000 / max(adata.n_obs, 1_000) if size is None else size
+    order = np.random.default_rng(0).permutation(adata.n_obs)
+    colors = np.array([palette(code % palette.N) if code >= 0 else (0.85, 0.85, 0.85, 1.0) for code in labels.codes])
+    for ax, (name, slot) in zip(axes, panels, strict=False):
+        points = np.asarray(adata.obsm[slot])
+        ax.scatter(*points[order].T, c=colors[order], s=size, linewidths=0, rasterized=True)
+        ax.set(title=name, xticks=[], yticks=[], xlabel="UMAP1", ylabel="UMAP2")
+        ax.spines[["top", "right"]].set_visible(False)
+    _draw_scores(axes[len(panels)], scores)
+    for ax in axes[len(panels) + 1 :]:
+        ax.set_axis_off()
+    handles = [
+        plt.Line2D([], [], marker="o", linestyle="", markersize=5, color=palette(code % palette.N), label=str(label))
+        for code, label in enumerate(labels.categories)
+    ]
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, title=color, fontsize="small")
+    return finish(figure, axes[: len(panels) + 1], show=show, save=save)
+
+
+def _draw_scores(ax: Axes, scores: pd.DataFrame) -> None:
+    position = np.arange(len(scores))[::-1]
+    width = 0.8 / len(_SCORES)
+    for i, score in enumerate(_SCORES):
+        ax.barh(position + (1 - i) * width, scores[score].astype(float), width, label=score, color=f"C{i}", alpha=0.85)
+    ax.set_yticks(position, scores.index.astype(str))
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.set(title="agreement with labels", xlim=(min(-0.1, float(scores[list(_SCORES)].min().min()) - 0.02), 1))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize="small", loc="lower right")

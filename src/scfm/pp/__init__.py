@@ -1,0 +1,9 @@
+"""Preparation of AnnData objects, in the style of ``scanpy.pp``."""
+
+from __future__ import annotations
+
+from ._check_counts import CountCheck, check_counts
+from ._match_genes import match_genes
+from ._recover_counts import recover_counts
+
+__all__ = ["CountCheck", "check_counts", "match_genes", "recover_counts"]

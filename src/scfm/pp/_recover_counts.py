@@ -1,0 +1,276 @@
+"""``scfm.pp.recover_counts``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import sparse
+
+from .. import _keys, _logging
+from .._count_recovery import LOG_BASES, common_total, recover_block
+from .._counts import CountStats, describe_source, iter_csr_blocks
+from ._check_counts import get_matrix
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from anndata import AnnData
+    from scipy.sparse import csr_matrix
+
+# float32 holds all whole numbers up to here
+_EXACT_IN_FLOAT32 = 2**24
+
+
+def recover_counts(
+    adata: AnnData,
+    *,
+    layer: str | None = None,
+    use_raw: bool | None = None,
+    size_factors: str | Sequence[float] | np.ndarray | None = None,
+    key_added: str = _keys.RECOVERED_LAYER,
+    copy: bool = False,
+) -> AnnData | None:
+    """Get whole-number counts back from normalised or log-normalised data.
+
+    Within a cell all normalised values are multiples of one number, the value of a single count. For every cell the
+    largest such number that fits all its values is looked for, so that nothing needs to be known about the
+    normalisation; data that are no such multiples, because they were rounded, imputed, corrected or scaled, are refused.
+    The logarithm (``log1p``, base e, 2 or 10) is recognised by the same test.
+
+    Counts of a cell are found up to a common divisor. A cell all of whose counts are even, for example a cell with a
+    single expressed gene, comes out too small unless ``size_factors`` are given.
+
+    Parameters
+    ----------
+    adata
+        Annotated data.
+    layer
+        Layer with the normalised values; ``adata.X`` by default.
+    use_raw
+        Take the values of ``adata.raw``. Its genes may be more than those of ``adata``; all of them are used to find
+        the counts, those of ``adata`` are kept.
+    size_factors
+        What the counts of each cell were divided by, up to a factor common to all cells, such as total counts: a column
+        of ``adata.obs`` or one number per cell.
+    key_added
+        Layer to write.
+    copy
+        Work on a copy and return it.
+
+    Returns
+    -------
+    ``None``, or the copy. Sets the following fields:
+
+    ``adata.layers['counts' | key_added]``
+        Counts (CSR, float32 unless a count is above 2^24), in memory.
+    ``adata.uns['recover_counts']``
+        Evidence: ``kind``, ``log_base``, ``share_recovered`` of the non-empty cells, ``n_empty_cells``,
+        ``max_deviation`` from a whole number, ``n_uncertain`` values too large for the precision of the input,
+        ``target_sum`` (NaN if totals differ), ``scale_min``, ``scale_median``, ``scale_max`` (value of one count),
+        ``source``, ``size_factors``.
+
+    Raises
+    ------
+    KeyError
+        If the layer or the column of ``adata.obs`` does not exist.
+    ValueError
+        If the values are negative, not finite, or not multiples of one number per cell.
+
+    Examples
+    --------
+    >>> import scanpy as sc, scfm
+    >>> scfm.settings.verbosity = 1
+    >>> adata = sc.datasets.pbmc68k_reduced()  # scaled values in .X, log-normalised values in .raw
+    >>> scfm.pp.recover_counts(adata, use_raw=True)
+    >>> scfm.pp.check_counts(adata, layer="counts").kind
+    'counts'
+    """
+    start = _logging.info("recovering counts")
+    adata = adata.copy() if copy else adata
+    matrix, source, columns = _source(adata, layer, use_raw=use_raw)
+    factors = _size_factors(adata, size_factors)
+
+    stats = CountStats()
+    for block in iter_csr_blocks(matrix):
+        stats.update(block)
+    base = _log_base(stats, source, adata)
+    found = _recover(matrix, base, np.ones(adata.n_obs) if stats.kind == "counts" else None)
+    if factors is not None and (found.scale > 0).any():
+        found = _recover(matrix, base, _scale_from(factors, found, stats.n_empty_cells))
+    elif _is_common(found.scale):
+        found = _recover(matrix, base, _scale_from(np.ones(adata.n_obs), found, 0))
+    _refuse_failures(found, adata, source, with_factors=factors is not None)
+
+    counts = found.counts if columns is None else found.counts[:, columns]
+    if key_added in adata.layers and _keys.RECOVERED_RECORD not in adata.uns:
+        _logging.warning(f"layers[{key_added!r}] is overwritten")
+    adata.layers[key_added] = counts
+    record = _evidence(found, stats, base)
+    record |= {"source": source, "size_factors": size_factors if isinstance(size_factors, str) else factors is not None}
+    adata.uns[_keys.RECOVERED_RECORD] = record
+    _logging.info(
+        f"    finished: {record['kind']} values of {adata.n_obs:,} cells, at most {found.deviation_max:.2g} from a "
+        f"whole number, written to layers[{key_added!r}]",
+        time=start,
+    )
+    if found.n_uncertain:
+        _logging.warning(f"{found.n_uncertain:,} counts are too large to be exact to the last digit")
+    return adata if copy else None
+
+
+@dataclass
+class _Found:
+    counts: csr_matrix
+    scale: np.ndarray
+    totals: np.ndarray
+    deviation: np.ndarray
+    failed: np.ndarray
+    n_uncertain: int
+
+    @property
+    def deviation_max(self) -> float:
+        return float(np.nanmax(self.deviation, initial=0.0))
+
+
+def _source(adata: AnnData, layer: str | None, *, use_raw: bool | None) -> tuple[Any, str, np.ndarray | None]:
+    """The matrix, its name, and which of its columns are the genes of ``adata`` (``None``: all, in order)."""
+    if not use_raw:
+        return get_matrix(adata, layer), describe_source(layer), None
+    if layer is not None:
+        msg = "layer= and use_raw=True exclude each other"
+        raise ValueError(msg)
+    if adata.raw is None:
+        msg = "use_raw=True, but adata.raw is not set"
+        raise ValueError(msg)
+    raw_names = adata.raw.var_names
+    if raw_names.equals(adata.var_names):
+        return adata.raw.X, "adata.raw", None
+    if not raw_names.is_unique:
+        msg = "adata.raw has duplicate gene names and other genes than adata; take adata.raw.to_adata() and use its X"
+        raise ValueError(msg)
+    columns = raw_names.get_indexer(adata.var_names)
+    if (columns < 0).any():
+        missing = adata.var_names[columns < 0]
+        msg = (
+            f"{len(missing):,} genes of adata are not in adata.raw, the first is {missing[0]!r}; "
+            "recover the counts of adata.raw.to_adata() instead"
+        )
+        raise ValueError(msg)
+    return adata.raw.X, "adata.raw", columns
+
+
+def _size_factors(adata: AnnData, size_factors: str | Sequence[float] | np.ndarray | None) -> np.ndarray | None:
+    if size_factors is None:
+        return None
+    if isinstance(size_factors, str):
+        if size_factors not in adata.obs:
+            msg = (
+                f"size_factors={size_factors!r} is not a column of adata.obs; there are {', '.join(adata.obs.columns)}"
+            )
+            raise KeyError(msg)
+        size_factors = adata.obs[size_factors]
+    factors = np.asarray(size_factors, dtype=np.float64)
+    if factors.shape != (adata.n_obs,) or not (np.isfinite(factors).all() and (factors >= 0).all()):
+        msg = f"size_factors must be {adata.n_obs} non-negative numbers, one per cell; got shape {factors.shape}"
+        raise ValueError(msg)
+    return factors
+
+
+def _log_base(stats: CountStats, source: str, adata: AnnData) -> float | None:
+    """Base of the logarithm to undo; raises for values that cannot come from counts."""
+    kind = stats.kind
+    if kind in ("normalized", "log-normalized"):
+        return stats.log_base
+    if kind in ("counts", "empty"):
+        return None
+    msg = f"counts cannot be recovered from {source}: it {stats.problem()}."
+    if kind == "scaled":
+        msg += " Centring and scaling cannot be undone."
+        if adata.raw is not None and source != "adata.raw":
+            msg += " adata.raw may hold the values from before scaling: use_raw=True."
+        else:
+            msg += " Go back to the data from before sc.pp.scale."
+    elif not (stats.n_negative or stats.n_nan or stats.n_infinite):
+        msg += (
+            " They are not multiples of one number per cell with any usual logarithm undone, as values are that were "
+            "rounded, imputed, batch-corrected or regressed. Go back to the original counts."
+        )
+    raise ValueError(msg)
+
+
+def _recover(matrix: Any, base: float | None, scale: np.ndarray | None) -> _Found:
+    blocks, parts, start = [], [], 0
+    for block in iter_csr_blocks(matrix):
+        stop = start + block.shape[0]
+        part = recover_block(block, base, scale=None if scale is None else scale[start:stop])
+        dtype = np.float32 if part.counts.max(initial=0) <= _EXACT_IN_FLOAT32 else np.float64
+        # a matrix of its own: the arrays of the input must not be shared with the new layer
+        arrays = (part.counts.astype(dtype), block.indices.copy(), block.indptr.copy())
+        blocks.append(sparse.csr_matrix(arrays, shape=block.shape))
+        parts.append(part)
+        start = stop
+    counts = sparse.vstack(blocks, format="csr") if blocks else sparse.csr_matrix(matrix.shape, dtype=np.float32)
+    joined = {
+        f.name: np.concatenate([getattr(part, f.name) for part in parts]) if parts else np.zeros(0)
+        for f in fields(_Found)
+        if f.name not in ("counts", "n_uncertain")
+    }
+    return _Found(counts, n_uncertain=sum(part.n_uncertain for part in parts), **joined)
+
+
+def _is_common(scale: np.ndarray) -> bool:
+    """Whether the cells were not normalised one by one: nearly all have one scale, the others a multiple of it."""
+    scale = scale[scale > 0]
+    if not len(scale):
+        return False
+    ratio = scale / np.median(scale)
+    return bool(np.mean(np.abs(ratio - 1) < 1e-5) > 0.9 and (np.abs(ratio - np.rint(ratio)) < 1e-5).all())
+
+
+def _scale_from(factors: np.ndarray, found: _Found, n_empty: int) -> np.ndarray:
+    """Value of one count in each cell, when it is inversely proportional to the size factors."""
+    if (factors == 0).sum() > n_empty:
+        msg = "size_factors holds zeros for cells that have counts"
+        raise ValueError(msg)
+    known = found.scale > 0
+    # a cell whose counts have a common divisor has too large a scale, so most cells, not all, agree on the factor
+    constant = np.median((found.scale * factors)[known])
+    with np.errstate(divide="ignore"):
+        return constant / factors
+
+
+def _refuse_failures(found: _Found, adata: AnnData, source: str, *, with_factors: bool) -> None:
+    n_failed = int(found.failed.sum())
+    if not n_failed:
+        return
+    some = ", ".join(adata.obs_names[found.failed][:5])
+    why = (
+        "their values times size_factors are not multiples of one number; check that these are the factors the counts "
+        "were divided by"
+        if with_factors
+        else "their values are not multiples of one number, or their smallest count is above 20. Their values may have "
+        "been changed after normalisation (rounding, correction, averaging of cells). Remove these cells, give "
+        "size_factors= if you have them, or go back to the original counts"
+    )
+    msg = f"the counts of {n_failed:,} of {adata.n_obs:,} cells in {source} cannot be recovered ({some} ...): {why}."
+    raise ValueError(msg)
+
+
+def _evidence(found: _Found, stats: CountStats, base: float | None) -> dict[str, Any]:
+    filled = found.scale[found.scale > 0]
+    low, middle, high = np.quantile(filled, [0, 0.5, 1]) if len(filled) else (np.nan,) * 3
+    target = common_total(found.totals)
+    return {
+        "kind": stats.kind,
+        "log_base": next((name for name, value in LOG_BASES.items() if value == base), "none"),
+        "share_recovered": float(1.0 - found.failed.mean()) if len(found.failed) else 1.0,
+        "n_empty_cells": stats.n_empty_cells,
+        "max_deviation": found.deviation_max,
+        "n_uncertain": found.n_uncertain,
+        "target_sum": np.nan if target is None else target,
+        "scale_min": float(low),
+        "scale_median": float(middle),
+        "scale_max": float(high),
+    }

@@ -16,9 +16,12 @@ LOG_BASES = {"natural": np.e, "base 2": 2.0, "base 10": 10.0}
 _LARGEST_MINIMUM = 20
 # deviation from a whole number that is accepted beside the rounding of the stored values
 _SLACK = 1e-3
-# values whose rounding is a larger part of a count than this fit any scale; a cell may have few of them
-_VAGUE = 0.25
+# with a rough scale, only counts that are certain by this much refine it
+_CERTAIN = 0.4
+# where rounding may change a value by more than half a count it fits any scale; a cell may have few such values
+_VAGUE = 0.5
 _LARGEST_VAGUE_SHARE = 0.01
+_MOST_DECIMALS = 6
 # log1p of a count never gets near this, so that larger values cannot be logarithms
 _LARGEST_LOG = 50.0
 
@@ -58,20 +61,41 @@ def undo_log(values: np.ndarray, base: float | None) -> np.ndarray:
     return values if base is None else np.expm1(values * np.log(base))
 
 
-def _relative_error(stored: np.ndarray, linear: np.ndarray, base: float | None) -> np.ndarray:
-    """Bound of the relative error that single precision leaves in the linear values.
+def _relative_error(stored: np.ndarray, linear: np.ndarray, base: float | None, decimals: int | None) -> np.ndarray:
+    """Bound of the relative error of the linear values that comes from how the values were stored.
 
     float64 arrays count as single precision too, because most were float32 once. The logarithm is allowed to have
     been taken as ``log(1 + x)``, which loses digits of small ``x``, and normalisation to have rounded twice.
     """
-    precision = np.finfo(stored.dtype).eps if stored.dtype == np.float16 else np.finfo(np.float32).eps
-    error = np.full(len(linear), 2.0)
+    precision = _precision(stored)
+    error = np.full(len(linear), 2 * precision)
+    slope = 1.0 / linear if base is None else np.log(base) * (1.0 + linear) / linear
     if base is not None:
-        error += np.maximum(1.0, stored * np.log(base)) * (1.0 + linear) / linear
-    return precision * error
+        error += precision * np.maximum(1.0, stored * np.log(base)) * (1.0 + linear) / linear
+    if decimals is not None:
+        error += 0.51 * 10.0**-decimals * slope
+    return error
 
 
-def recover_block(block: csr_matrix, base: float | None, *, scale: np.ndarray | None = None) -> Recovered:
+def _precision(stored: np.ndarray) -> float:
+    return float(np.finfo(np.float16 if stored.dtype == np.float16 else np.float32).eps)
+
+
+def count_decimals(stored: np.ndarray) -> int | None:
+    """Number of decimals that all values were rounded to; ``None`` if they were not."""
+    for decimals in range(1, _MOST_DECIMALS + 1):
+        shifted = stored.astype(np.float64) * 10.0**decimals
+        tolerance = 2 * _precision(stored) * shifted
+        if not len(shifted) or np.median(tolerance) > 0.1:
+            return None
+        if (np.abs(shifted - np.rint(shifted)) <= tolerance).all():
+            return decimals
+    return None
+
+
+def recover_block(
+    block: csr_matrix, base: float | None, *, decimals: int | None = None, scale: np.ndarray | None = None
+) -> Recovered:
     """Find the counts of a block of cells.
 
     A cell's values are ``scale * counts``. The smallest value is tried as one count, then as two, and so on; the first
@@ -84,6 +108,8 @@ def recover_block(block: csr_matrix, base: float | None, *, scale: np.ndarray | 
         Non-negative values, shape ``(cells, genes)``.
     base
         Base of the logarithm that was taken of ``1 + value``; ``None`` for none.
+    decimals
+        Number of decimals that the values were rounded to; ``None`` if they were not.
     scale
         Known scale of each cell, shape ``(cells,)``; nothing is searched then, only checked.
     """
@@ -94,7 +120,7 @@ def recover_block(block: csr_matrix, base: float | None, *, scale: np.ndarray | 
         lengths = np.bincount(row[positive], minlength=len(lengths))
         stored = stored[positive]
     linear = undo_log(stored, base)
-    error = _relative_error(stored, linear, base)
+    error = _relative_error(stored, linear, base, decimals)
 
     n_cells = len(lengths)
     found, deviation = np.full(n_cells, np.nan), np.full(n_cells, np.nan)
@@ -102,9 +128,11 @@ def recover_block(block: csr_matrix, base: float | None, *, scale: np.ndarray | 
     ends = np.cumsum(lengths)
     filled = np.flatnonzero(lengths)
     if len(filled):
-        totals[filled] = np.add.reduceat(linear, (ends - lengths)[filled])
-        smallest = np.zeros(n_cells)
-        smallest[filled] = np.minimum.reduceat(linear, (ends - lengths)[filled])
+        first = (ends - lengths)[filled]
+        totals[filled] = np.add.reduceat(linear, first)
+        smallest, its_error = np.zeros(n_cells), np.zeros(n_cells)
+        smallest[filled] = np.minimum.reduceat(linear, first)
+        its_error[filled] = np.maximum.reduceat(error, first)  # the smallest value has the largest error
 
     pending = filled
     for minimum in range(1, _LARGEST_MINIMUM + 1 if scale is None else 2):
@@ -114,19 +142,20 @@ def recover_block(block: csr_matrix, base: float | None, *, scale: np.ndarray | 
         n = lengths[pending]
         starts = np.cumsum(n) - n
         where = np.repeat(ends[pending] - n - starts, n) + np.arange(n.sum())
-        values, precision = linear[where], error[where]
-        guess = smallest[pending] / minimum if scale is None else scale[pending]
-        whole = np.maximum(np.rint(values / np.repeat(guess, n)), 1.0)
-        if scale is None:  # one value gives a rough scale, all values a fine one
-            weight = precision**-2
-            guess = np.add.reduceat(values / whole * weight, starts) / np.add.reduceat(weight, starts)
-        ratio = values / np.repeat(guess, n)
+        values, bound = linear[where], error[where]
+        if scale is None:
+            rough = _Scale(smallest[pending] / minimum, its_error[pending])
+            exact = rough.refine(values, bound, starts, n)
+        else:
+            exact = _Scale(scale[pending], np.zeros(len(pending)))
+        ratio = values / np.repeat(exact.value, n)
         whole = np.rint(ratio)
         off = np.abs(ratio - whole)
-        fits = np.logical_and.reduceat((off <= _SLACK + whole * precision) & (whole > 0), starts)
-        fits &= np.add.reduceat(whole * precision > _VAGUE, starts) <= _LARGEST_VAGUE_SHARE * n
+        allowed = _SLACK + whole * (bound + np.repeat(exact.error, n))
+        fits = np.logical_and.reduceat((off <= allowed) & (whole > 0), starts)
+        fits &= np.add.reduceat(whole * bound > _VAGUE, starts) <= _LARGEST_VAGUE_SHARE * n
         done, kept = pending[fits], np.repeat(fits, n)
-        found[done] = guess[fits]
+        found[done] = exact.value[fits]
         deviation[done] = np.maximum.reduceat(off, starts)[fits]
         counts[where[kept]] = whole[kept]
         pending = pending[~fits]
@@ -141,6 +170,29 @@ def recover_block(block: csr_matrix, base: float | None, *, scale: np.ndarray | 
 
 
 @dataclass(frozen=True)
+class _Scale:
+    """Value of one count in some cells, and its relative error, each of shape ``(cells,)``."""
+
+    value: np.ndarray
+    error: np.ndarray
+
+    def refine(self, values: np.ndarray, bound: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> _Scale:
+        """Intersect the intervals in which the values, being whole numbers of counts, allow the scale to be.
+
+        Cells whose values contradict each other get the scale NaN.
+        """
+        whole = np.rint(values / np.repeat(self.value, lengths))
+        certain = whole * (bound + np.repeat(self.error, lengths)) < _CERTAIN
+        whole = np.maximum(whole, 1.0)
+        one, spread = values / whole, bound + _SLACK / whole
+        low = np.maximum.reduceat(np.where(certain, one * (1 - spread), 0.0), starts)
+        high = np.minimum.reduceat(np.where(certain, one * (1 + spread), np.inf), starts)
+        possible = (low <= high) & np.isfinite(high)
+        value = np.where(possible, (low + high) / 2, np.nan)
+        return _Scale(value, (high - low) / 2 / value)
+
+
+@dataclass(frozen=True)
 class Transform:
     """How values were made from counts.
 
@@ -148,6 +200,8 @@ class Transform:
     ----------
     base
         Base of the logarithm of ``1 + value``, ``None`` for none.
+    decimals
+        Number of decimals that the values were rounded to, ``None`` if they were not.
     share
         Share of the inspected cells whose values are whole multiples of one number when the logarithm is undone.
     target_sum
@@ -155,6 +209,7 @@ class Transform:
     """
 
     base: float | None
+    decimals: int | None
     share: float
     target_sum: float | None
 
@@ -169,26 +224,18 @@ def guess_transform(sample: csr_matrix) -> Transform:
     values, lengths = sample.data, np.diff(sample.indptr)
     informative = lengths > 2 if (lengths > 2).any() else lengths > 0
     bases = [None, *LOG_BASES.values()] if values.size and values.max() < _LARGEST_LOG else [None]
-    best = Transform(None, 0.0, None)
+    decimals = count_decimals(values)
+    best = Transform(None, decimals, 0.0, None)
     for base in bases:
-        result = recover_block(sample, base)
-        fits = informative & ~result.failed
-        share = float(fits.sum() / max(1, informative.sum()))
-        if _are_decimals(result.scale[fits]):
-            share = 0.0
+        result = recover_block(sample, base, decimals=decimals)
+        share = float((informative & ~result.failed).sum() / max(1, informative.sum()))
         target = common_total(result.totals)
-        # equal totals are evidence by themselves, where the values are no multiples of anything (rounded, imputed)
+        # equal totals are evidence by themselves, where the values are no multiples of anything (imputed)
         if (share, target is not None) > (best.share, best.target_sum is not None):
-            best = Transform(base, share, target)
+            best = Transform(base, decimals, share, target)
         if best.share > 0.99:
             break
     return best
-
-
-def _are_decimals(scale: np.ndarray) -> bool:
-    """Whether values are multiples of 0.1, 0.01 or 0.001 because they were written with so many decimals."""
-    scale = scale[scale < 0.999] * 1000
-    return len(scale) > 0 and bool(np.mean((scale > 0.5) & (np.abs(scale - np.rint(scale)) < 1e-3)) > 0.9)
 
 
 def common_total(totals: np.ndarray) -> float | None:

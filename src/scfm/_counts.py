@@ -81,7 +81,7 @@ class CountStats:
             self.n_noninteger += n_noninteger
             if n_noninteger:
                 self._keep_sample(block)
-        self.__dict__.pop("_transform", None)
+        self.__dict__.pop("transform", None)
         return self
 
     def _keep_sample(self, block: csr_matrix) -> None:
@@ -106,7 +106,8 @@ class CountStats:
         return 1.0 - self.n_noninteger / self.n_nonzero if self.n_nonzero else 1.0
 
     @cached_property
-    def _transform(self) -> Transform | None:
+    def transform(self) -> Transform | None:
+        """How the values were made from counts; ``None`` for whole, negative or missing values."""
         if not self._sample or self.n_negative or self.n_nan or self.n_infinite:
             return None
         return guess_transform(sparse.vstack(self._sample, format="csr"))
@@ -127,7 +128,7 @@ class CountStats:
             return "scaled" if self.n_noninteger else "unknown"
         if not self.n_noninteger:
             return "counts"
-        transform = self._transform
+        transform = self.transform
         if transform is not None and (transform.share > 0.5 or transform.target_sum is not None):
             return transform.kind
         return "unknown"
@@ -135,12 +136,12 @@ class CountStats:
     @property
     def target_sum(self) -> float | None:
         """Total of each cell before a logarithm, where normalisation made it the same for all cells."""
-        return self._transform.target_sum if self.kind in ("normalized", "log-normalized") else None
+        return self.transform.target_sum if self.kind in ("normalized", "log-normalized") else None
 
     @property
     def log_base(self) -> float | None:
         """Base of the logarithm that was taken, where one was recognised."""
-        return self._transform.base if self.kind == "log-normalized" else None
+        return self.transform.base if self.kind == "log-normalized" else None
 
     def problem(self) -> str:
         """What keeps the values from being counts, as the end of a sentence; empty if nothing does."""
@@ -171,7 +172,8 @@ class CountStats:
             return "Name the layer with raw counts (layer=), or recover them with scfm.pp.recover_counts."
         if self.n_noninteger:
             return (
-                "Name the layer with raw counts (layer=); estimated counts (RSEM, Salmon, SoupX) can be rounded first."
+                "Name the layer with raw counts (layer=). Counts estimated by RSEM, Salmon, alevin or SoupX can be "
+                "rounded first; imputed or corrected values cannot be turned back."
             )
         return ""
 

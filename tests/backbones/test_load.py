@@ -53,11 +53,13 @@ class Toy(Backbone):
     @classmethod
     def read_official(cls, directory, *, weights=None, shift=1.0):
         Toy.reads += 1
-        files = {None: "toy.pt", "first": "toy.pt", "second": "toy_second.pt"}
-        state = torch.load(directory / files.get(weights, weights), map_location="cpu", weights_only=True)
+        file = {None: "toy.pt", "first": "toy.pt", "second": "toy_second.pt"}.get(weights, weights)
+        state = torch.load(directory / file, map_location="cpu", weights_only=True)
         state, report = rename(state, RULES)
         vocab = GeneVocab((directory / "genes.txt").read_text().split(), specials=["<pad>"])
-        return Checkpoint(ToyConfig(state["genes.weight"].shape[1], shift), vocab, state, report, weights or "first")
+        return Checkpoint(
+            ToyConfig(state["genes.weight"].shape[1], shift), vocab, state, report, weights or "first", file
+        )
 
     @classmethod
     def config_from_dict(cls, values):
@@ -77,7 +79,7 @@ class Toy(Backbone):
         return self.config.width
 
     def _gene_embeddings(self):
-        return self.body(self.module.genes.weight) if False else self.module.genes.weight * self.module.scale
+        return self.module.genes.weight * self.module.scale
 
 
 class Double(Toy):

@@ -54,13 +54,17 @@ class Provenance:
 
 @dataclass
 class Checkpoint:
-    """What a backbone's reader returns: everything needed to build the network and fill it."""
+    """What a backbone's reader returns: everything needed to build the network and fill it.
+
+    ``weights`` names the weight set that was read, ``file`` the file it lies in; both go into the provenance.
+    """
 
     config: Any
     vocab: GeneVocab
     state_dict: dict[str, Tensor]
     report: LoadReport
     weights: str = ""
+    file: str = ""
 
 
 class Backbone(ABC):

@@ -8,7 +8,7 @@ import torch
 
 from .._errors import CheckpointError
 from ..checkpoints.convert import LoadReport, check_against
-from ._base import Provenance, backbone_class, resolve_device
+from ._base import Provenance, backbone_class
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -107,7 +107,7 @@ def from_config(
         load_report=LoadReport(),
         provenance=Provenance(id=name, extra={"seed": seed}),
     )
-    return backbone.to(str(resolve_device(device)), precision)
+    return backbone.to(device, precision)
 
 
 def random_copy(backbone: Backbone, seed: int = 0) -> Backbone:

@@ -237,9 +237,7 @@ def _load_local(source: _Source, weights: str | None, options: dict[str, Any]) -
             raise ValueError(msg)
         weights = source.file
     checkpoint = _read_official(cls, source.directory, weights, options)
-    path = source.directory / checkpoint.weights
-    if not path.is_file():
-        path = source.directory / _weight_file(cls.kind, source.directory)
+    path = _weight_file(cls.kind, source.directory, checkpoint)
     digest = pinned(path)
     same = [e for e in _registry.entries().values() if any(f.sha256 == digest for f in e.files)]
     if same:
@@ -344,12 +342,16 @@ def _released_names(kind: str) -> set[str]:
     return {entry.weight_file.name for entry in _registry.entries().values() if entry.backbone == kind}
 
 
-def _weight_file(kind: str, directory: Path) -> str:
-    """Name of the file with the weights: one the authors use, else the largest."""
-    for name in sorted(_released_names(kind)):
-        if (directory / name).is_file():
-            return name
-    return max((path for path in directory.iterdir() if path.is_file()), key=lambda path: path.stat().st_size).name
+def _usual_weight_files(kind: str) -> list[str]:
+    return [e.weight_file.name for e in _registry.entries().values() if e.backbone == kind and e.bundled is None]
+
+
+def _weight_file(kind: str, directory: Path, checkpoint: Checkpoint) -> Path:
+    """The file that was read: the one the reader names, one that the authors use, or the largest."""
+    for name in (checkpoint.file, checkpoint.weights, *_usual_weight_files(kind)):
+        if name and (directory / name).is_file():
+            return directory / name
+    return max((path for path in directory.iterdir() if path.is_file()), key=lambda path: path.stat().st_size)
 
 
 def _presumed_provenance(kind: str, path: Path, sha256: str, weights: str) -> Provenance:

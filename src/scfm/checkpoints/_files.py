@@ -62,8 +62,10 @@ def backup_of(path: Path) -> Path:
 
 def recover(path: Path) -> None:
     """Put the old version of a directory back if a process died between the two moves of an overwrite."""
+    if path.exists():
+        return
     backup = backup_of(path)
-    if backup.is_dir() and not path.exists():
+    if backup.is_dir():
         backup.replace(path)
         _logging.warning(f"{path} was being overwritten by a process that died; its former content is back")
 

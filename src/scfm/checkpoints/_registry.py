@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import textwrap
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 Commercial = Literal["yes", "no", "unstated"]
 Status = Literal["bundled", "cached", "downloadable", "by hand"]
+
+_WRAP = {"width": 110, "break_long_words": False, "break_on_hyphens": False}
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,7 @@ class Entry:
         return usable[name]
 
     def __repr__(self) -> str:
+        licence = self.licence
         rows = {
             "title": self.title,
             "backbone": self.backbone,
@@ -210,11 +214,15 @@ class Entry:
             "files": ", ".join(file.name + ("" if file.required else " (optional)") for file in self.files),
             "by hand": f"{self.by_hand.text} {self.by_hand.link}" if self.by_hand else "",
             "mirrors": "; ".join(f"{mirror.name} ({mirror.note}) {mirror.link}" for mirror in self.mirrors),
-            "licence": f"{self.licence.name}; commercial use: {self.licence.commercial}. {self.licence.text} {self.licence.url}".rstrip(),
+            "licence": f"{licence.name}; commercial use: {licence.commercial}. {licence.text} {licence.url}",
             "cite": str(self.citation),
             "source": self.source,
         }
-        lines = [f"  {title:<12} {text}" for title, text in rows.items() if text]
+        lines = [
+            textwrap.fill(text, initial_indent=f"  {title:<13}", subsequent_indent=" " * 15, **_WRAP)
+            for title, text in rows.items()
+            if text
+        ]
         return "\n".join([f"Checkpoint {self.name}", *lines])
 
 

@@ -92,10 +92,8 @@ def rename(state: Mapping[str, Tensor], rules: Sequence[KeyRule]) -> tuple[dict[
     out: dict[str, Tensor] = {}
     report = LoadReport()
     for key, tensor in state.items():
-        for pattern, rule in compiled:
-            if match := pattern.fullmatch(key):
-                break
-        else:
+        rule, match = next(((rule, m) for pattern, rule in compiled if (m := pattern.fullmatch(key))), (None, None))
+        if rule is None:
             report.unexpected.append(key)
             continue
         if rule.target is None:

@@ -142,7 +142,7 @@ def save(
     }
     if report is not None:
         header["load_report"] = asdict(report)
-    with new_directory(path, overwrite=overwrite) as directory:
+    with new_directory(path.resolve(), overwrite=overwrite) as directory:
         (directory / VOCAB).write_text(json.dumps(vocab.to_dict()), encoding="utf-8")
         save_file(_writable(state_dict, dtype), directory / TENSORS, metadata={"format": "pt"})
         header["files"] = {

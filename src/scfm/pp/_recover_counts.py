@@ -66,7 +66,7 @@ def recover_counts(
     ``adata.layers['counts' | key_added]``
         Counts (CSR, float32 unless a count is above 2^24), in memory.
     ``adata.uns['recover_counts']``
-        Evidence: ``kind``, ``log_base``, ``share_recovered`` of the non-empty cells, ``n_empty_cells``,
+        Evidence: ``kind``, ``log_base``, ``decimals`` the values were rounded to (-1: not rounded), ``share_recovered`` of the non-empty cells, ``n_empty_cells``,
         ``max_deviation`` from a whole number, ``n_uncertain`` values too large for the precision of the input,
         ``target_sum`` (NaN if totals differ), ``scale_min``, ``scale_median``, ``scale_max`` (value of one count),
         ``source``, ``size_factors``.
@@ -95,19 +95,20 @@ def recover_counts(
     stats = CountStats()
     for block in iter_csr_blocks(matrix):
         stats.update(block)
-    base = _log_base(stats, source, adata)
-    found = _recover(matrix, base, np.ones(adata.n_obs) if stats.kind == "counts" else None)
+    _refuse_other_values(stats, source, adata)
+    found = _recover(matrix, stats, np.ones(adata.n_obs) if stats.kind == "counts" else None)
     if factors is not None and (found.scale > 0).any():
-        found = _recover(matrix, base, _scale_from(factors, found, stats.n_empty_cells))
-    elif _is_common(found.scale):
-        found = _recover(matrix, base, _scale_from(np.ones(adata.n_obs), found, 0))
+        found = _recover(matrix, stats, _scale_from(factors, found, stats.n_empty_cells))
+    elif stats.kind != "counts" and _is_common(found.scale):
+        together = _recover(matrix, stats, _scale_from(np.ones(adata.n_obs), found, stats.n_empty_cells))
+        found = found if together.failed.any() else together
     _refuse_failures(found, adata, source, with_factors=factors is not None)
 
     counts = found.counts if columns is None else found.counts[:, columns]
     if key_added in adata.layers and _keys.RECOVERED_RECORD not in adata.uns:
         _logging.warning(f"layers[{key_added!r}] is overwritten")
     adata.layers[key_added] = counts
-    record = _evidence(found, stats, base)
+    record = _evidence(found, stats)
     record |= {"source": source, "size_factors": size_factors if isinstance(size_factors, str) else factors is not None}
     adata.uns[_keys.RECOVERED_RECORD] = record
     _logging.info(
@@ -178,13 +179,10 @@ def _size_factors(adata: AnnData, size_factors: str | Sequence[float] | np.ndarr
     return factors
 
 
-def _log_base(stats: CountStats, source: str, adata: AnnData) -> float | None:
-    """Base of the logarithm to undo; raises for values that cannot come from counts."""
+def _refuse_other_values(stats: CountStats, source: str, adata: AnnData) -> None:
     kind = stats.kind
-    if kind in ("normalized", "log-normalized"):
-        return stats.log_base
-    if kind in ("counts", "empty"):
-        return None
+    if kind in ("counts", "normalized", "log-normalized", "empty"):
+        return
     msg = f"counts cannot be recovered from {source}: it {stats.problem()}."
     if kind == "scaled":
         msg += " Centring and scaling cannot be undone."
@@ -200,11 +198,14 @@ def _log_base(stats: CountStats, source: str, adata: AnnData) -> float | None:
     raise ValueError(msg)
 
 
-def _recover(matrix: Any, base: float | None, scale: np.ndarray | None) -> _Found:
+def _recover(matrix: Any, stats: CountStats, scale: np.ndarray | None) -> _Found:
+    decimals = None if stats.transform is None else stats.transform.decimals
     blocks, parts, start = [], [], 0
     for block in iter_csr_blocks(matrix):
         stop = start + block.shape[0]
-        part = recover_block(block, base, scale=None if scale is None else scale[start:stop])
+        part = recover_block(
+            block, stats.log_base, decimals=decimals, scale=None if scale is None else scale[start:stop]
+        )
         dtype = np.float32 if part.counts.max(initial=0) <= _EXACT_IN_FLOAT32 else np.float64
         # a matrix of its own: the arrays of the input must not be shared with the new layer
         arrays = (part.counts.astype(dtype), block.indices.copy(), block.indptr.copy())
@@ -221,12 +222,9 @@ def _recover(matrix: Any, base: float | None, scale: np.ndarray | None) -> _Foun
 
 
 def _is_common(scale: np.ndarray) -> bool:
-    """Whether the cells were not normalised one by one: nearly all have one scale, the others a multiple of it."""
+    """Whether nearly all cells have one scale, so that they were not normalised one by one."""
     scale = scale[scale > 0]
-    if not len(scale):
-        return False
-    ratio = scale / np.median(scale)
-    return bool(np.mean(np.abs(ratio - 1) < 1e-5) > 0.9 and (np.abs(ratio - np.rint(ratio)) < 1e-5).all())
+    return len(scale) > 0 and bool(np.mean(np.abs(scale / np.median(scale) - 1) < 1e-3) > 0.9)
 
 
 def _scale_from(factors: np.ndarray, found: _Found, n_empty: int) -> np.ndarray:
@@ -258,13 +256,14 @@ def _refuse_failures(found: _Found, adata: AnnData, source: str, *, with_factors
     raise ValueError(msg)
 
 
-def _evidence(found: _Found, stats: CountStats, base: float | None) -> dict[str, Any]:
+def _evidence(found: _Found, stats: CountStats) -> dict[str, Any]:
     filled = found.scale[found.scale > 0]
     low, middle, high = np.quantile(filled, [0, 0.5, 1]) if len(filled) else (np.nan,) * 3
     target = common_total(found.totals)
     return {
         "kind": stats.kind,
-        "log_base": next((name for name, value in LOG_BASES.items() if value == base), "none"),
+        "log_base": next((name for name, value in LOG_BASES.items() if value == stats.log_base), "none"),
+        "decimals": -1 if stats.transform is None or stats.transform.decimals is None else stats.transform.decimals,
         "share_recovered": float(1.0 - found.failed.mean()) if len(found.failed) else 1.0,
         "n_empty_cells": stats.n_empty_cells,
         "max_deviation": found.deviation_max,

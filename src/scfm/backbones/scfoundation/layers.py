@@ -26,14 +26,15 @@ from ...nn.ragged import attend_ragged, pad, unpad
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_TRANSFORMER_STEP = 2048
-_PERFORMER_STEP = 512
-_ACCELERATOR_STEP = 32768
+# numbers in the widest tensor of one step: on a CPU it should stay in the caches, elsewhere launches should be few
+_CPU_STEP = {"transformer": 6 << 20, "performer": 1 << 20}
+_ACCELERATOR_STEP = 1 << 27
 
 
-def _step(x: Tensor, cpu: int) -> int:
-    """Tokens in one step: few on a CPU, for its caches, many elsewhere, for the launch overhead."""
-    return cpu if x.device.type == "cpu" else _ACCELERATOR_STEP
+def _step(x: Tensor, kind: str, width: int) -> int:
+    """Tokens in one step when the widest tensor has ``width`` numbers for each."""
+    numbers = _CPU_STEP[kind] if x.device.type == "cpu" else _ACCELERATOR_STEP
+    return max(64, numbers // width // 64 * 64)
 
 
 class TransformerLayer(nn.Module):
@@ -64,7 +65,7 @@ class TransformerLayer(nn.Module):
             x = self.norm1(x + self.dropout(self.out(attended)))
             return self.norm2(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
         out = torch.empty_like(x)
-        step = _step(x, _TRANSFORMER_STEP)
+        step = _step(x, "transformer", self.linear1.out_features)
         for rows, some, target in zip(attended.split(step), x.split(step), out.split(step), strict=True):
             y = self.norm1(self.out(rows).add_(some))
             target.copy_(self.norm2(self.linear2(F.relu_(self.linear1(y))).add_(y)))
@@ -129,6 +130,10 @@ class PerformerLayer(nn.Module):
             self.projection = before.to(self.projection.device)
         return self
 
+    def _steps(self, x: Tensor) -> tuple[Tensor, ...]:
+        widest = max(self.heads * len(self.projection), self.linear1.out_features)
+        return x.split(_step(x, "performer", widest))
+
     def split_heads(self, x: Tensor) -> Tensor:
         """From ``(tokens, heads * dim)`` to ``(tokens, heads, dim)``."""
         return x.unflatten(1, (self.heads, -1))
@@ -146,7 +151,7 @@ class PerformerLayer(nn.Module):
     def key_sums(self, x: Tensor) -> KeySums:
         """Sums over the keys and values of one cell, ``x`` of shape ``(tokens, dim)``."""
         sums = KeySums.empty(self.heads, self.projection)
-        for some in x.split(_step(x, _PERFORMER_STEP)):
+        for some in self._steps(x):
             h = self.norm1(some)
             sums.add(self.split_heads(self.key(h)), self.split_heads(self.value(h)))
         return sums
@@ -154,7 +159,7 @@ class PerformerLayer(nn.Module):
     def update_(self, x: Tensor, sums: KeySums, maximum: Tensor) -> None:
         """Apply the layer in place to some tokens of a cell, given the sums over all of its keys."""
         context = sums.context(maximum)
-        for some in x.split(_step(x, _PERFORMER_STEP)):
+        for some in self._steps(x):
             attended = context.read(self.split_heads(self.query(self.norm1(some))))
             some.add_(self.out(attended.flatten(1)))
             some.add_(self.linear2(torch.ops.aten.gelu_(self.linear1(self.norm2(some)))))

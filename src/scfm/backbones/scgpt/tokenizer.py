@@ -87,7 +87,9 @@ def content_keys(ids: np.ndarray, values: np.ndarray, offsets: np.ndarray, seed:
         return _mix(np.repeat(cell, np.diff(offsets)) + gene + np.uint64(stream) * np.uint64(0xA0761D6478BD642F))
 
 
-def _uniform(keys: np.ndarray) -> np.ndarray:
+def bin_uniforms(ids: np.ndarray, values: np.ndarray, offsets: np.ndarray, seed: int) -> np.ndarray:
+    """The numbers in [0, 1) that spread tied values over bins, one for each gene of each cell."""
+    keys = content_keys(ids, values, offsets, seed, _BIN_STREAM)
     return (keys >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -213,8 +215,7 @@ def tokenize(
                 uniform = np.concatenate(draws.uniform) if len(draws) else np.empty(0)
                 _check_draws(uniform, len(values), "uniform numbers", "non-zero values")
             else:
-                keys = content_keys(token_ids[expressed], values, value_offsets, seed, _BIN_STREAM)
-                uniform = _uniform(keys)
+                uniform = bin_uniforms(token_ids[expressed], values, value_offsets, seed)
         binned, _ = bin_values(values, np.concatenate([[0], value_offsets[1:][filled]]), n_bins, uniform)
         bins[expressed] = binned
 

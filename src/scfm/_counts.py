@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from scipy import sparse
@@ -11,14 +11,11 @@ from scipy import sparse
 from ._count_recovery import Transform, guess_transform
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from scipy.sparse import csr_matrix
 
 CountKind = Literal["counts", "normalized", "log-normalized", "scaled", "unknown", "empty"]
 
 _SAMPLE_CELLS = 200
-_BLOCK_CELLS = 4096
 
 
 class CountStats:
@@ -176,49 +173,3 @@ class CountStats:
                 "rounded first; imputed or corrected values cannot be turned back."
             )
         return ""
-
-
-def classify(block: csr_matrix | np.ndarray) -> CountKind:
-    """Kind of the values of one block, see :attr:`CountStats.kind`."""
-    return CountStats().update(block).kind
-
-
-def describe_source(layer: str | None) -> str:
-    """How messages call a matrix of an AnnData object."""
-    return "adata.X" if layer is None else f"layer {layer!r}"
-
-
-def require_counts(stats: CountStats, layer: str | None = None) -> None:
-    """Raise unless the values seen are counts.
-
-    Parameters
-    ----------
-    stats
-        What was gathered.
-    layer
-        Name of the layer it was gathered from, ``None`` for ``adata.X``; used in the message.
-
-    Raises
-    ------
-    ValueError
-        For negative, NaN, infinite or fractional values.
-    """
-    if problem := stats.problem():
-        msg = f"{describe_source(layer)} does not hold counts: it {problem}. {stats.remedy()}"
-        raise ValueError(msg)
-
-
-def iter_csr_blocks(matrix: Any, n_cells: int = _BLOCK_CELLS) -> Iterator[csr_matrix]:
-    """Read a matrix in blocks of cells.
-
-    Takes SciPy matrices, NumPy arrays, HDF5 and zarr arrays, the sparse arrays of backed AnnData objects, and dask
-    arrays of any of them; only one block at a time is in memory, except that column-wise (CSC) storage is turned into
-    rows first.
-    """
-    if getattr(matrix, "format", None) == "csc":
-        matrix = (matrix.to_memory() if hasattr(matrix, "to_memory") else matrix).tocsr()
-    for start in range(0, matrix.shape[0], n_cells):
-        block = matrix[start : start + n_cells]
-        if hasattr(block, "compute"):
-            block = block.compute()
-        yield sparse.csr_matrix(block if sparse.issparse(block) else np.asarray(block))

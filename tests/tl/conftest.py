@@ -6,6 +6,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import sparse
 
 from scfm.backbones import Backbone, from_config
@@ -14,6 +15,15 @@ from scfm.genes import GeneVocab
 N_KNOWN, N_UNKNOWN, N_CELLS = 50, 6, 37
 SYMBOLS = [f"GENE{i}" for i in range(N_KNOWN)]
 ENSEMBL = [f"ENSG{i:011d}" for i in range(N_KNOWN)]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Threads cost tiny networks more time than they save."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def make_backbone(kind: str) -> Backbone:

@@ -158,8 +158,12 @@ class Backbone(ABC):
         """Tokens as the pre-training objective expects them; ``generator`` drives what is random about them."""
         return self.tokenize(counts, genes)
 
-    def expected_values(self, options: Mapping[str, Any]) -> Literal["counts", "non-negative"]:
-        """What a matrix has to hold for these tokenizer options; negative and missing values are never allowed."""
+    def expected_values(self, options: Mapping[str, Any]) -> Literal["counts", "normalized", "any"]:
+        """What a matrix has to hold for these tokenizer options.
+
+        ``"normalized"`` if the options say that the values are normalised already, ``"any"`` if counts and other
+        values both serve. Negative, missing and infinite values are never allowed.
+        """
         return "counts"
 
     def prepare(self, blocks: Any, match: GeneMatch, options: dict[str, Any]) -> dict[str, Any]:

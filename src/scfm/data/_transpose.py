@@ -13,7 +13,7 @@ from .. import _logging
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_VALUES_AT_ONCE = 4 * 2**20
+_VALUES_AT_ONCE = 2**20
 
 
 class TransposedFile:
@@ -38,7 +38,7 @@ class TransposedFile:
     """
 
     def __init__(self, data: Any, indices: Any, indptr: NDArray[np.integer], shape: tuple[int, int]) -> None:
-        _logging.info("the matrix is stored by genes (CSC); writing a temporary copy by cells")
+        _logging.info("    the matrix is stored by genes (CSC); writing a temporary copy by cells")
         self._folder = tempfile.TemporaryDirectory(prefix="scfm-")
         total = int(indptr[-1])
         chunks = _column_chunks(indptr)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import _logging
-from .._counts import CountKind, CountStats, describe_source, iter_csr_blocks
+from .._counts import CountKind, CountStats
+from ..data import open_source
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from ..data import CellSource
+
+BLOCK_CELLS = 4096
 _LOOK_CELLS = 1000
 
 
@@ -85,7 +89,7 @@ def check_counts(adata: AnnData, *, layer: str | None = None, raise_error: bool 
     KeyError
         If the layer does not exist.
     ValueError
-        If the matrix does not hold counts and ``raise_error`` is set, or if there is no matrix.
+        If the matrix does not hold counts and ``raise_error`` is set, or if there is no matrix or no gene.
 
     Examples
     --------
@@ -93,26 +97,24 @@ def check_counts(adata: AnnData, *, layer: str | None = None, raise_error: bool 
     >>> scfm.pp.check_counts(sc.datasets.pbmc68k_reduced(), raise_error=False).kind
     'scaled'
     """
-    stats = CountStats()
-    for block in iter_csr_blocks(get_matrix(adata, layer)):
-        stats.update(block)
-    source = describe_source(layer)
+    with open_source(adata, layer=layer) as source:
+        stats, where = gather(source), source.where
     others = ()
     if problem := stats.problem():
         others = _others_with_counts(adata, layer)
-        message = f"{source} does not hold counts: it {problem}. {stats.remedy()}"
+        message = f"{where} does not hold counts: it {problem}. {stats.remedy()}"
         if others:
             message += f" There are counts in {' and '.join(others)}."
     elif stats.kind == "empty":
-        message = f"{source} holds nothing but zeros ({stats.n_cells:,} cells x {stats.n_genes:,} genes)."
+        message = f"{where} holds nothing but zeros ({stats.n_cells:,} cells x {stats.n_genes:,} genes)."
     else:
-        message = f"{source} holds counts up to {stats.max:,.0f}; {stats.n_empty_cells:,} cells have none."
+        message = f"{where} holds counts up to {stats.max:,.0f}; {stats.n_empty_cells:,} cells have none."
     if raise_error and stats.problem():
         raise ValueError(message)
     _logging.debug(message)
     return CountCheck(
         kind=stats.kind,
-        source=source,
+        source=where,
         integer_share=stats.integer_share,
         min=stats.min,
         max=stats.max,
@@ -127,41 +129,24 @@ def check_counts(adata: AnnData, *, layer: str | None = None, raise_error: bool 
     )
 
 
-def get_matrix(adata: AnnData, layer: str | None) -> Any:
-    """Return ``adata.X`` or a layer, as stored.
-
-    Raises
-    ------
-    KeyError
-        If the layer does not exist.
-    ValueError
-        If ``adata.X`` is ``None``.
-    """
-    if layer is None:
-        if adata.X is None:
-            msg = f"adata.X is empty; name a layer. {_layers(adata)}"
-            raise ValueError(msg)
-        return adata.X
-    if layer not in adata.layers:
-        msg = f"there is no layer {layer!r}. {_layers(adata)}"
-        raise KeyError(msg)
-    return adata.layers[layer]
-
-
-def _layers(adata: AnnData) -> str:
-    return f"Layers: {', '.join(map(repr, adata.layers)) or 'none'}"
+def gather(source: CellSource) -> CountStats:
+    """Statistics of all values of a source."""
+    stats = CountStats()
+    for block in source.blocks(BLOCK_CELLS):
+        stats.update(block.counts)
+    return stats
 
 
 def _others_with_counts(adata: AnnData, layer: str | None) -> tuple[str, ...]:
     """Names of the other matrices whose first cells are counts."""
-    matrices = {f"layer={name!r}": adata.layers[name] for name in adata.layers if name != layer}
+    others = [{"layer": name} for name in adata.layers if name != layer]
     if layer is not None and adata.X is not None:
-        matrices["adata.X"] = adata.X
+        others.append({})
     if adata.raw is not None:
-        matrices["adata.raw"] = adata.raw.X
-    return tuple(name for name, matrix in matrices.items() if _starts_with_counts(matrix))
-
-
-def _starts_with_counts(matrix: Any) -> bool:
-    block = next(iter_csr_blocks(matrix, _LOOK_CELLS), None)
-    return block is not None and CountStats().update(block).kind == "counts"
+        others.append({"use_raw": True})
+    found = []
+    for other in others:
+        with open_source(adata, **other) as source:
+            if CountStats().update(source.read(0, _LOOK_CELLS)).kind == "counts":
+                found.append(source.where)
+    return tuple(found)

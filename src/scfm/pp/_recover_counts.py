@@ -10,14 +10,17 @@ from scipy import sparse
 
 from .. import _keys, _logging
 from .._count_recovery import LOG_BASES, common_total, recover_block
-from .._counts import CountStats, describe_source, iter_csr_blocks
-from ._check_counts import get_matrix
+from ..data import open_source
+from ._check_counts import BLOCK_CELLS, gather
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from anndata import AnnData
     from scipy.sparse import csr_matrix
+
+    from .._counts import CountStats
+    from ..data import CellSource
 
 # float32 holds all whole numbers up to here
 _EXACT_IN_FLOAT32 = 2**24
@@ -89,27 +92,28 @@ def recover_counts(
     """
     start = _logging.info("recovering counts")
     adata = adata.copy() if copy else adata
-    matrix, source, columns = _source(adata, layer, use_raw=use_raw)
     factors = _size_factors(adata, size_factors)
-
-    stats = CountStats()
-    for block in iter_csr_blocks(matrix):
-        stats.update(block)
-    _refuse_other_values(stats, source, adata)
-    found = _recover(matrix, stats, np.ones(adata.n_obs) if stats.kind == "counts" else None)
-    if factors is not None and (found.scale > 0).any():
-        found = _recover(matrix, stats, _scale_from(factors, found, stats.n_empty_cells))
-    elif stats.kind != "counts" and _is_common(found.scale):
-        together = _recover(matrix, stats, _scale_from(np.ones(adata.n_obs), found, stats.n_empty_cells))
-        found = found if together.failed.any() else together
-    _refuse_failures(found, adata, source, with_factors=factors is not None)
+    with open_source(adata, layer=layer, use_raw=bool(use_raw)) as source:
+        columns = _columns_of(adata, source)
+        stats = gather(source)
+        _refuse_other_values(stats, source, adata)
+        found = _recover(source, stats, np.ones(adata.n_obs) if stats.kind == "counts" else None)
+        if factors is not None and (found.scale > 0).any():
+            found = _recover(source, stats, _scale_from(factors, found, stats.n_empty_cells))
+        elif stats.kind != "counts" and _is_common(found.scale):
+            together = _recover(source, stats, _scale_from(np.ones(adata.n_obs), found, stats.n_empty_cells))
+            found = found if together.failed.any() else together
+    _refuse_failures(found, adata, source.where, with_factors=factors is not None)
 
     counts = found.counts if columns is None else found.counts[:, columns]
     if key_added in adata.layers and _keys.RECOVERED_RECORD not in adata.uns:
         _logging.warning(f"layers[{key_added!r}] is overwritten")
     adata.layers[key_added] = counts
     record = _evidence(found, stats)
-    record |= {"source": source, "size_factors": size_factors if isinstance(size_factors, str) else factors is not None}
+    record |= {
+        "source": source.where,
+        "size_factors": size_factors if isinstance(size_factors, str) else factors is not None,
+    }
     adata.uns[_keys.RECOVERED_RECORD] = record
     _logging.info(
         f"    finished: {record['kind']} values of {adata.n_obs:,} cells, at most {found.deviation_max:.2g} from a "
@@ -135,23 +139,15 @@ class _Found:
         return float(np.nanmax(self.deviation, initial=0.0))
 
 
-def _source(adata: AnnData, layer: str | None, *, use_raw: bool | None) -> tuple[Any, str, np.ndarray | None]:
-    """The matrix, its name, and which of its columns are the genes of ``adata`` (``None``: all, in order)."""
-    if not use_raw:
-        return get_matrix(adata, layer), describe_source(layer), None
-    if layer is not None:
-        msg = "layer= and use_raw=True exclude each other"
-        raise ValueError(msg)
-    if adata.raw is None:
-        msg = "use_raw=True, but adata.raw is not set"
-        raise ValueError(msg)
-    raw_names = adata.raw.var_names
-    if raw_names.equals(adata.var_names):
-        return adata.raw.X, "adata.raw", None
-    if not raw_names.is_unique:
+def _columns_of(adata: AnnData, source: CellSource) -> np.ndarray | None:
+    """Which columns of the source are the genes of ``adata``; ``None`` if it is all of them, in order."""
+    names = source.var_names
+    if names.equals(adata.var_names):
+        return None
+    if not names.is_unique:
         msg = "adata.raw has duplicate gene names and other genes than adata; take adata.raw.to_adata() and use its X"
         raise ValueError(msg)
-    columns = raw_names.get_indexer(adata.var_names)
+    columns = names.get_indexer(adata.var_names)
     if (columns < 0).any():
         missing = adata.var_names[columns < 0]
         msg = (
@@ -159,7 +155,7 @@ def _source(adata: AnnData, layer: str | None, *, use_raw: bool | None) -> tuple
             "recover the counts of adata.raw.to_adata() instead"
         )
         raise ValueError(msg)
-    return adata.raw.X, "adata.raw", columns
+    return columns
 
 
 def _size_factors(adata: AnnData, size_factors: str | Sequence[float] | np.ndarray | None) -> np.ndarray | None:
@@ -179,14 +175,14 @@ def _size_factors(adata: AnnData, size_factors: str | Sequence[float] | np.ndarr
     return factors
 
 
-def _refuse_other_values(stats: CountStats, source: str, adata: AnnData) -> None:
+def _refuse_other_values(stats: CountStats, source: CellSource, adata: AnnData) -> None:
     kind = stats.kind
     if kind in ("counts", "normalized", "log-normalized", "empty"):
         return
-    msg = f"counts cannot be recovered from {source}: it {stats.problem()}."
+    msg = f"counts cannot be recovered from {source.where}: it {stats.problem()}."
     if kind == "scaled":
         msg += " Centring and scaling cannot be undone."
-        if adata.raw is not None and source != "adata.raw":
+        if adata.raw is not None and not source.where.startswith("adata.raw"):
             msg += " adata.raw may hold the values from before scaling: use_raw=True."
         else:
             msg += " Go back to the data from before sc.pp.scale."
@@ -198,21 +194,18 @@ def _refuse_other_values(stats: CountStats, source: str, adata: AnnData) -> None
     raise ValueError(msg)
 
 
-def _recover(matrix: Any, stats: CountStats, scale: np.ndarray | None) -> _Found:
+def _recover(source: CellSource, stats: CountStats, scale: np.ndarray | None) -> _Found:
     decimals = None if stats.transform is None else stats.transform.decimals
-    blocks, parts, start = [], [], 0
-    for block in iter_csr_blocks(matrix):
-        stop = start + block.shape[0]
-        part = recover_block(
-            block, stats.log_base, decimals=decimals, scale=None if scale is None else scale[start:stop]
-        )
+    blocks, parts = [], []
+    for start, stop, block in source.blocks(BLOCK_CELLS):
+        known = None if scale is None else scale[start:stop]
+        part = recover_block(block, stats.log_base, decimals=decimals, scale=known)
         dtype = np.float32 if part.counts.max(initial=0) <= _EXACT_IN_FLOAT32 else np.float64
-        # a matrix of its own: the arrays of the input must not be shared with the new layer
+        # copies, because the block may share its arrays with the input
         arrays = (part.counts.astype(dtype), block.indices.copy(), block.indptr.copy())
         blocks.append(sparse.csr_matrix(arrays, shape=block.shape))
         parts.append(part)
-        start = stop
-    counts = sparse.vstack(blocks, format="csr") if blocks else sparse.csr_matrix(matrix.shape, dtype=np.float32)
+    counts = sparse.vstack(blocks, format="csr") if blocks else sparse.csr_matrix(source.reader.shape, dtype=np.float32)
     joined = {
         f.name: np.concatenate([getattr(part, f.name) for part in parts]) if parts else np.zeros(0)
         for f in fields(_Found)
@@ -239,7 +232,7 @@ def _scale_from(factors: np.ndarray, found: _Found, n_empty: int) -> np.ndarray:
         return constant / factors
 
 
-def _refuse_failures(found: _Found, adata: AnnData, source: str, *, with_factors: bool) -> None:
+def _refuse_failures(found: _Found, adata: AnnData, where: str, *, with_factors: bool) -> None:
     n_failed = int(found.failed.sum())
     if not n_failed:
         return
@@ -252,7 +245,7 @@ def _refuse_failures(found: _Found, adata: AnnData, source: str, *, with_factors
         "been changed after normalisation (rounding, correction, averaging of cells). Remove these cells, give "
         "size_factors= if you have them, or go back to the original counts"
     )
-    msg = f"the counts of {n_failed:,} of {adata.n_obs:,} cells in {source} cannot be recovered ({some} ...): {why}."
+    msg = f"the counts of {n_failed:,} of {adata.n_obs:,} cells in {where} cannot be recovered ({some} ...): {why}."
     raise ValueError(msg)
 
 

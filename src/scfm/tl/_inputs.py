@@ -121,29 +121,31 @@ class InputCheck:
     match: GeneMatch
     options: dict[str, Any]
     _stats: CountStats = field(default_factory=CountStats, init=False)
-    _looked_at_genes: bool = field(default=False, init=False)
-    _warned: bool = field(default=False, init=False)
+    _said: set[str] = field(default_factory=set, init=False)
 
     def __call__(self, block: Block) -> None:
         """Raise ``ValueError`` at the first block with wrong values, naming the matrix and the remedy."""
-        if problem := self._stats.update(block.counts).problem():
-            self._refuse_or_warn(problem)
-        if block.counts.nnz and not self._looked_at_genes:
-            self._looked_at_genes = True
-            self._warn_if_few_known(block)
-
-    def _refuse_or_warn(self, problem: str) -> None:
-        stats, name = self._stats, self.backbone.name
-        refused = stats.n_negative or stats.n_nan or stats.n_infinite
-        if refused or self.backbone.expected_values(self.options) == "counts":
-            msg = f"{self.source.where} does not hold what {name} needs: it {problem}. {stats.remedy()}"
+        stats = self._stats.update(block.counts)
+        problem = stats.problem()
+        expected = self.backbone.expected_values(self.options)
+        where, name = self.source.where, self.backbone.name
+        if problem and (expected == "counts" or stats.n_negative or stats.n_nan or stats.n_infinite):
+            msg = f"{where} does not hold what {name} needs: it {problem}. {stats.remedy()}"
             raise ValueError(msg)
-        if not self._warned:
-            self._warned = True
-            _logging.warning(
-                f"{self.source.where} {problem}. {name} takes such values, but counts give other embeddings: "
-                "never compare cells that were embedded from different kinds of values"
-            )
+        if problem and expected == "any" and self._once("fractions"):
+            _logging.info(f"    {where} {problem}; {name} takes them, but gives counts other embeddings: do not mix")
+        if block.counts.nnz and self._once("first cells"):
+            self._warn_if_few_known(block)
+            if expected == "normalized" and not problem:
+                _logging.warning(
+                    f"{where} holds whole numbers, although the options of {name} say that it is normalised"
+                )
+
+    def _once(self, what: str) -> bool:
+        if what in self._said:
+            return False
+        self._said.add(what)
+        return True
 
     def _warn_if_few_known(self, block: Block) -> None:
         expressed = np.zeros(self.source.n_vars, dtype=bool)

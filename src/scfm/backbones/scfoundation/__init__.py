@@ -17,7 +17,7 @@ from .pooling import POOLINGS, pool
 from .tokenizer import DepthTarget, InputMode, InputType
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from scipy.sparse import csr_matrix
@@ -148,6 +148,13 @@ class SCFoundationBackbone(Backbone):
     ) -> TokenBatch:
         """All expressed genes with T = S; the objective masks and down-samples them."""
         return self.tokenize(counts, genes, target="f1")
+
+    def expected_values(self, options: Mapping[str, Any]) -> Literal["counts", "normalized", "any"]:
+        """Counts, unless ``pre_normalized`` says otherwise; bulk profiles may be TPM or FPKM, too."""
+        mode = InputMode(**{name: options[name] for name in ("input_type", "pre_normalized") if name in options})
+        if mode.pre_normalized is not False:
+            return "normalized"
+        return "any" if mode.input_type == "bulk" else "counts"
 
     def prepare(self, blocks: Iterable[csr_matrix], match: GeneMatch, options: dict[str, Any]) -> dict[str, Any]:
         """Add ``median_total`` for bulk counts; all other inputs do not depend on other cells."""

@@ -119,9 +119,9 @@ class SCGPTBackbone(Backbone):
         self.check_pooling(pooling)
         return self.config.dim
 
-    def expected_values(self, options: Mapping[str, Any]) -> Literal["counts", "non-negative"]:
-        """Bins depend on the order of values only, so that normalised values serve too."""
-        return "non-negative"
+    def expected_values(self, options: Mapping[str, Any]) -> Literal["any"]:
+        """Bins depend on the order of the values in a cell only, so that normalised values serve, too."""
+        return "any"
 
     # -- tokens ------------------------------------------------------------------------------------------------------
 

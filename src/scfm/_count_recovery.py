@@ -18,7 +18,7 @@ _LARGEST_MINIMUM = 20
 _SLACK = 1e-3
 # with a rough scale, only counts that are certain by this much refine it
 _CERTAIN = 0.4
-# where rounding may change a value by more than half a count it fits any scale; a cell may have few such values
+# a value whose error may be more than half a count fits any scale; a cell may have few such values
 _VAGUE = 0.5
 _LARGEST_VAGUE_SHARE = 0.01
 _MOST_DECIMALS = 6
@@ -145,15 +145,16 @@ def recover_block(
         values, bound = linear[where], error[where]
         if scale is None:
             rough = _Scale(smallest[pending] / minimum, its_error[pending])
-            exact = rough.refine(values, bound, starts, n)
+            # the better the scale, the more counts are certain, and the better the scale
+            exact = rough.refine(values, bound, starts, n).refine(values, bound, starts, n)
         else:
             exact = _Scale(scale[pending], np.zeros(len(pending)))
         ratio = values / np.repeat(exact.value, n)
         whole = np.rint(ratio)
         off = np.abs(ratio - whole)
-        allowed = _SLACK + whole * (bound + np.repeat(exact.error, n))
-        fits = np.logical_and.reduceat((off <= allowed) & (whole > 0), starts)
-        fits &= np.add.reduceat(whole * bound > _VAGUE, starts) <= _LARGEST_VAGUE_SHARE * n
+        allowed = whole * (bound + np.repeat(exact.error, n))
+        fits = np.logical_and.reduceat((off <= _SLACK + allowed) & (whole > 0), starts)
+        fits &= np.add.reduceat(allowed > _VAGUE, starts) <= _LARGEST_VAGUE_SHARE * n
         done, kept = pending[fits], np.repeat(fits, n)
         found[done] = exact.value[fits]
         deviation[done] = np.maximum.reduceat(off, starts)[fits]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 CountKind = Literal["counts", "normalized", "log-normalized", "scaled", "unknown", "empty"]
 
-_SAMPLE_CELLS = 200
+_SAMPLE_CELLS = 100
 
 
 class CountStats:

@@ -32,15 +32,12 @@ class GeneMatch:
         Names in the data, shape ``(n_vars,)``.
     vocab
         The vocabulary.
-    ensembl_ids
-        Ensembl ids of the data without version, empty where unknown, shape ``(n_vars,)``.
     """
 
     ids: np.ndarray
     how: np.ndarray
     names: np.ndarray
     vocab: GeneVocab
-    ensembl_ids: np.ndarray
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -86,7 +83,7 @@ class GeneMatch:
     @cached_property
     def hint(self) -> str:
         """What may be wrong when less than a tenth of the genes is known; empty otherwise."""
-        return mismatch_hint(self.names, self.ensembl_ids) if len(self) and self.fraction < 0.1 else ""
+        return mismatch_hint(self.names) if len(self) and self.fraction < 0.1 else ""
 
     def report(self) -> pd.DataFrame:
         """Table with one row per gene: ``name``, ``vocab_name``, ``id``, ``how``, ``n_sharing`` genes on that entry."""
@@ -102,7 +99,8 @@ class GeneMatch:
         text += f" ({ways})" if ways else ""
         if self.duplicated:
             n = sum(map(len, self.duplicated.values()))
-            text += f"; {n:,} of them share {len(self.duplicated):,} entries: {some(self.duplicated)}"
+            entries = "entry" if len(self.duplicated) == 1 else "entries"
+            text += f"; {n:,} of them share {len(self.duplicated):,} {entries}: {some(self.duplicated)}"
         return text
 
     def require_any(self, model: str = "the model") -> None:

@@ -113,22 +113,21 @@ def resolve_gene_names(var: pd.DataFrame, gene_symbols: str | None = None, gene_
     return GeneNames(symbols, ids, gene_symbols or "index", gene_ids)
 
 
-def mismatch_hint(names: np.ndarray, ensembl_ids: np.ndarray | None = None) -> str:
+def mismatch_hint(names: np.ndarray) -> str:
     """Say what may be wrong with names of which hardly any is known to a human model; empty if nothing stands out."""
     if _share(names, str.isdigit) > 0.5:
         return (
             "The gene names are numbers. Put gene symbols into adata.var_names or name their column with gene_symbols=."
         )
-    for values in (names, ensembl_ids):
-        if values is None or _share(values, _ANY_ENSEMBL_ID.fullmatch) <= 0.5:
-            continue
-        if _share(values, _HUMAN_ID.fullmatch) > 0.5:
-            return (
-                "The gene names are human Ensembl ids that the model's vocabulary does not hold. Name a column with "
-                "gene symbols (gene_symbols=) or pass an HGNC table (aliases=)."
-            )
-        prefix = next((name for name in _SPECIES if _share(values, lambda v, name=name: v.startswith(name)) > 0.5), "")
-        species = _SPECIES.get(prefix, "another species")
+    if _share(names, _HUMAN_ID.fullmatch) > 0.5:
+        return (
+            "The gene names are human Ensembl ids that the model's vocabulary does not hold. Name a column with "
+            "gene symbols (gene_symbols=) or pass an HGNC table (aliases=)."
+        )
+    if _share(names, _ANY_ENSEMBL_ID.fullmatch) > 0.5:
+        shares = {prefix: _share(names, lambda name, prefix=prefix: name.startswith(prefix)) for prefix in _SPECIES}
+        prefix = max(shares, key=shares.get)
+        species = _SPECIES[prefix] if shares[prefix] > 0.5 else "another species"
         return f"The gene names are Ensembl ids of {species}, the model knows human genes. {_ORTHOLOGS}"
     if _share(names, _MOUSE_SYMBOL.fullmatch) > 0.5:
         return (

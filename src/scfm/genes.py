@@ -36,7 +36,7 @@ class GeneVocab:
     Raises
     ------
     ValueError
-        If a name is empty or occurs twice, or a special is not among the names.
+        If there are no names, a name is empty or occurs twice, or a special is not among the names.
 
     Examples
     --------
@@ -60,6 +60,9 @@ class GeneVocab:
         if not self._index.is_unique:
             twice = self._index[self._index.duplicated()].unique()
             msg = f"a vocabulary needs unique names; these occur more than once: {some(twice)}"
+            raise ValueError(msg)
+        if not len(self.names):
+            msg = "a vocabulary needs at least one name"
             raise ValueError(msg)
         if "" in self._index:
             msg = f"entry {self._index.get_loc('')} of the vocabulary is empty"
@@ -216,7 +219,7 @@ class _Matching:
         self._match_ensembl()
         if self.table is not None:
             self._match_aliases()
-        return GeneMatch(self.ids, self.how, self.names, self.vocab, self.ensembl)
+        return GeneMatch(self.ids, self.how, self.names, self.vocab)
 
     def _accept(self, rows: np.ndarray, targets: np.ndarray, how: str) -> None:
         self.ids[rows] = targets

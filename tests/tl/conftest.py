@@ -17,7 +17,7 @@ SYMBOLS = [f"GENE{i}" for i in range(N_KNOWN)]
 ENSEMBL = [f"ENSG{i:011d}" for i in range(N_KNOWN)]
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def _one_thread():
     """Threads cost tiny networks more time than they save."""
     before = torch.get_num_threads()

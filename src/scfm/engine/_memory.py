@@ -27,7 +27,7 @@ _MESSAGES = ("out of memory", "can't allocate memory", "cannot allocate memory",
 
 def choose_limits(device: torch.device, batch_size: int | None, tokens_per_batch: int | None) -> Limits:
     """Limits from the arguments, else from the settings, else a token budget that suits the device."""
-    if batch_size is None and tokens_per_batch is None:
+    if batch_size is None:
         batch_size = settings.batch_size
     if batch_size is None and tokens_per_batch is None:
         tokens_per_batch = _default_tokens(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,8 +90,8 @@ def run(
     check
         Called with every block as soon as it has been read; raises if the values are not what the model needs.
     batch_size, tokens_per_batch
-        Most cells and most padded tokens in one forward pass. Without either, ``settings.batch_size`` or a token
-        budget that suits the device.
+        Most cells (by default ``settings.batch_size``) and most padded tokens in one forward pass. Without either, a
+        token budget that suits the device.
     block_size
         Cells read at a time.
     out
@@ -131,8 +132,11 @@ def run(
         _logging.info(f"    {source.n_obs - n_left:,} of {source.n_obs:,} cells are finished already in {out}")
 
     tokenised = _tokenised(backbone, _checked(source.blocks(writer.block_size, starts=starts), check), match, options)
-    with progress_bar(source.n_obs, done=source.n_obs - n_left, label=backbone.name, show=progress) as bar:
-        for start, tokens in prefetch(tokenised):
+    with (
+        progress_bar(source.n_obs, done=source.n_obs - n_left, label=backbone.name, show=progress) as bar,
+        closing(prefetch(tokenised)) as ahead,
+    ):
+        for start, tokens in ahead:
             values, n_empty, limits = _compute_block(backbone, compute, tokens, shape, limits, bar.update)
             writer.write(start, values, n_empty)
     return Result(writer.array, sum(writer.done.values()))

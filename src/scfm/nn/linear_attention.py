@@ -57,7 +57,11 @@ def orthogonal_random_features(
 def _exponents(x: Tensor, scaled_projection: Tensor) -> tuple[Tensor, Tensor]:
     """Exponents ``u`` of shape (..., features) and half squared norms ``g`` of shape (..., 1)."""
     x = x.to(scaled_projection.dtype)
-    return x @ scaled_projection.T, x.square().sum(-1, keepdim=True) * (x.shape[-1] ** -0.5 / 2)
+    return x @ scaled_projection.T, _half_square(x)
+
+
+def _half_square(x: Tensor) -> Tensor:
+    return x.square().sum(-1, keepdim=True) * (x.shape[-1] ** -0.5 / 2)
 
 
 def _scaled(projection: Tensor) -> Tensor:
@@ -135,6 +139,23 @@ def favor_attention(
     return ((phi_q @ context) / share).to(v.dtype)
 
 
+class _Scratch:
+    """Memory that is used again: fresh pages for the exponents can cost more than the product that fills them."""
+
+    def __init__(self) -> None:
+        self._flat: Tensor | None = None
+
+    def exponents(self, x: Tensor, scaled_projection: Tensor) -> tuple[Tensor, Tensor]:
+        """As :func:`_exponents` for ``x`` of shape ``(tokens, heads, dim)``; the next call overwrites ``u``."""
+        x = x.to(scaled_projection.dtype)
+        rows, features = x.shape[0] * x.shape[1], len(scaled_projection)
+        if self._flat is None or self._flat.numel() < rows * features:
+            self._flat = x.new_empty(rows * features)
+        u = self._flat[: rows * features].view(rows, features)
+        torch.mm(x.reshape(rows, -1), scaled_projection.T, out=u)
+        return u.view(*x.shape[:2], features), _half_square(x)
+
+
 @dataclass
 class KeySums:
     """All that queries need to know of the keys and values of one sequence, collected piece by piece.
@@ -153,6 +174,8 @@ class KeySums:
         ``(heads, features)``.
     values
         Sum of the values, shape ``(heads, dim)``.
+    scratch
+        Memory for the features of one piece.
     length
         Number of keys so far.
     """
@@ -162,6 +185,7 @@ class KeySums:
     products: Tensor
     weights: Tensor
     values: Tensor
+    scratch: _Scratch
     length: int = 0
 
     @classmethod
@@ -175,12 +199,13 @@ class KeySums:
             products=projection.new_zeros(heads, features, dim),
             weights=projection.new_zeros(heads, features),
             values=projection.new_zeros(heads, dim),
+            scratch=_Scratch(),
         )
 
     def add(self, k: Tensor, v: Tensor) -> None:
         """Add keys and values of some tokens, both of shape ``(tokens, heads, dim)``."""
         v = v.to(self.products.dtype)
-        u, g = _exponents(k, self.projection)
+        u, g = self.scratch.exponents(k, self.projection)
         maximum = torch.maximum(self.maximum, u.amax((0, 2)))
         fade = torch.exp(self.maximum - maximum)
         phi = u.sub_(g.add_(maximum[:, None])).exp_()
@@ -198,6 +223,7 @@ class KeySums:
             maximum.expand_as(self.maximum),
             products=self.products * fade[..., None] + EPSILON * self.values[:, None],
             weights=self.weights * fade + EPSILON * self.length,
+            scratch=self.scratch,
         )
 
 
@@ -209,6 +235,7 @@ class KeyContext:
     maximum: Tensor
     products: Tensor
     weights: Tensor
+    scratch: _Scratch
 
     def __post_init__(self) -> None:
         # epsilon of the query features, taken out of the exponential and summed once for all queries
@@ -217,7 +244,7 @@ class KeyContext:
 
     def read(self, q: Tensor) -> Tensor:
         """Attention output of some queries; ``q`` and the result have shape ``(tokens, heads, dim)``."""
-        u, g = _exponents(q, self.projection)
+        u, g = self.scratch.exponents(q, self.projection)
         phi = u.sub_(g.add_(u.amax(-1, keepdim=True))).exp_()
         out = torch.baddbmm(self.products_floor, phi.transpose(0, 1), self.products).transpose(0, 1)
         share = phi.mul_(self.weights).sum(-1).add_(self.weights_floor)

@@ -39,11 +39,12 @@ def recover_counts(
 
     Within a cell all normalised values are multiples of one number, the value of a single count. For every cell the
     largest such number that fits all its values is looked for, so that nothing needs to be known about the
-    normalisation; data that are no such multiples, because they were rounded, imputed, corrected or scaled, are refused.
-    The logarithm (``log1p``, base e, 2 or 10) is recognised by the same test.
+    normalisation; data that are no such multiples, because they were imputed, corrected or scaled, are refused. The
+    logarithm (``log1p``, base e, 2 or 10) is recognised by the same test. Values that were written with few decimals
+    are taken for what they can tell.
 
-    Counts of a cell are found up to a common divisor. A cell all of whose counts are even, for example a cell with a
-    single expressed gene, comes out too small unless ``size_factors`` are given.
+    Counts of a cell are found up to a common divisor. A cell all of whose counts are even, or a cell with a single
+    expressed gene, comes out too small unless ``size_factors`` are given.
 
     Parameters
     ----------
@@ -69,10 +70,10 @@ def recover_counts(
     ``adata.layers['counts' | key_added]``
         Counts (CSR, float32 unless a count is above 2^24), in memory.
     ``adata.uns['recover_counts']``
-        Evidence: ``kind``, ``log_base``, ``decimals`` the values were rounded to (-1: not rounded), ``share_recovered`` of the non-empty cells, ``n_empty_cells``,
-        ``max_deviation`` from a whole number, ``n_uncertain`` values too large for the precision of the input,
-        ``target_sum`` (NaN if totals differ), ``scale_min``, ``scale_median``, ``scale_max`` (value of one count),
-        ``source``, ``size_factors``.
+        Evidence: ``kind``, ``log_base``, ``decimals`` the values were rounded to (-1: not rounded), ``share_recovered``
+        of the cells, ``n_empty_cells``, ``max_deviation`` from a whole number, ``n_uncertain`` values too large for the
+        precision of the input, ``target_sum`` (NaN if totals differ), ``scale_min``, ``scale_median``, ``scale_max``
+        (value of one count), ``source``, ``size_factors``.
 
     Raises
     ------
@@ -189,7 +190,7 @@ def _refuse_other_values(stats: CountStats, source: CellSource, adata: AnnData) 
     elif not (stats.n_negative or stats.n_nan or stats.n_infinite):
         msg += (
             " They are not multiples of one number per cell with any usual logarithm undone, as values are that were "
-            "rounded, imputed, batch-corrected or regressed. Go back to the original counts."
+            "rounded coarsely, imputed, batch-corrected or regressed. Go back to the original counts."
         )
     raise ValueError(msg)
 
@@ -242,7 +243,7 @@ def _refuse_failures(found: _Found, adata: AnnData, where: str, *, with_factors:
         "were divided by"
         if with_factors
         else "their values are not multiples of one number, or their smallest count is above 20. Their values may have "
-        "been changed after normalisation (rounding, correction, averaging of cells). Remove these cells, give "
+        "been changed after normalisation (coarse rounding, correction, averaging of cells). Remove these cells, give "
         "size_factors= if you have them, or go back to the original counts"
     )
     msg = f"the counts of {n_failed:,} of {adata.n_obs:,} cells in {where} cannot be recovered ({some} ...): {why}."

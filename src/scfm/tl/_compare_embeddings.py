@@ -133,9 +133,7 @@ def _cluster(work: AnnData, n_labels: int, resolution: float | None, random_stat
     """Leiden at a resolution, or at the one whose number of clusters comes closest to the number of labels."""
 
     def leiden(value: float) -> int:
-        sc.tl.leiden(
-            work, resolution=value, random_state=random_state, flavor="igraph", n_iterations=2, directed=False
-        )
+        sc.tl.leiden(work, resolution=value, random_state=random_state, flavor="igraph", n_iterations=2, directed=False)
         return work.obs["leiden"].nunique()
 
     if resolution is not None:

@@ -10,7 +10,7 @@ from .. import _keys, _logging, engine
 from ..data import open_source
 from ._inputs import (
     InputCheck,
-    can_hold_results,
+    check_can_hold_results,
     load_backbone,
     match_genes,
     result_name,
@@ -156,7 +156,7 @@ def embed(
     """
     in_memory = isinstance(adata, AnnData)
     if in_memory:
-        can_hold_results(adata)
+        check_can_hold_results(adata)
         adata = adata.copy() if copy else adata
     backbone = load_backbone(model, device=device, precision=precision, weights=weights)
     backbone.require("embeds")

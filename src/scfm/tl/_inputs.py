@@ -126,17 +126,19 @@ class InputCheck:
     def __call__(self, block: Block) -> None:
         """Raise ``ValueError`` at the first block with wrong values, naming the matrix and the remedy."""
         stats = self._stats.update(block.counts)
-        problem = stats.problem()
         expected = self.backbone.expected_values(self.options)
         where, name = self.source.where, self.backbone.name
-        if problem and (expected == "counts" or stats.n_negative or stats.n_nan or stats.n_infinite):
-            msg = f"{where} does not hold what {name} needs: it {problem}. {stats.remedy()}"
+        refused = stats.n_negative or stats.n_nan or stats.n_infinite
+        if refused or (stats.n_noninteger and expected == "counts"):
+            msg = f"{where} does not hold what {name} needs: it {stats.problem()}. {stats.remedy()}"
             raise ValueError(msg)
-        if problem and expected == "any" and self._once("fractions"):
-            _logging.info(f"    {where} {problem}; {name} takes them, but gives counts other embeddings: do not mix")
+        if stats.n_noninteger and expected == "any" and self._once("fractions"):
+            _logging.info(
+                f"    {where} {stats.problem()}; {name} takes them, but gives counts other embeddings: do not mix"
+            )
         if block.counts.nnz and self._once("first cells"):
             self._warn_if_few_known(block)
-            if expected == "normalized" and not problem:
+            if expected == "normalized" and not stats.n_noninteger:
                 _logging.warning(
                     f"{where} holds whole numbers, although the options of {name} say that it is normalised"
                 )
@@ -204,7 +206,7 @@ def storable(value: Any) -> Any:
     return repr(value)
 
 
-def can_hold_results(adata: AnnData) -> None:
+def check_can_hold_results(adata: AnnData) -> None:
     """Raise ``ValueError`` for a view of a backed object, to which nothing can be added."""
     if adata.isbacked and adata.is_view:
         msg = (

@@ -14,13 +14,12 @@ LOG_BASES = {"natural": np.e, "base 2": 2.0, "base 10": 10.0}
 
 # smallest count of a cell that is still found without size factors
 _LARGEST_MINIMUM = 20
-# deviation from a whole number that is accepted beside the rounding of the stored values
-_SLACK = 1e-3
 # with a rough scale, only counts that are certain by this much refine it
 _CERTAIN = 0.4
 # a value whose error may be more than half a count fits any scale; a cell may have few such values
 _VAGUE = 0.5
 _LARGEST_VAGUE_SHARE = 0.01
+_ENOUGH_FOR_ONE_VAGUE = 4
 _MOST_DECIMALS = 6
 # log1p of a count never gets near this, so that larger values cannot be logarithms
 _LARGEST_LOG = 50.0
@@ -65,10 +64,10 @@ def _relative_error(stored: np.ndarray, linear: np.ndarray, base: float | None, 
     """Bound of the relative error of the linear values that comes from how the values were stored.
 
     float64 arrays count as single precision too, because most were float32 once. The logarithm is allowed to have
-    been taken as ``log(1 + x)``, which loses digits of small ``x``, and normalisation to have rounded twice.
+    been taken as ``log(1 + x)``, which loses digits of small ``x``, and normalisation to have rounded a few times.
     """
     precision = _precision(stored)
-    error = np.full(len(linear), 2 * precision)
+    error = np.full(len(linear), 4 * precision)
     slope = 1.0 / linear if base is None else np.log(base) * (1.0 + linear) / linear
     if base is not None:
         error += precision * np.maximum(1.0, stored * np.log(base)) * (1.0 + linear) / linear
@@ -94,7 +93,12 @@ def count_decimals(stored: np.ndarray) -> int | None:
 
 
 def recover_block(
-    block: csr_matrix, base: float | None, *, decimals: int | None = None, scale: np.ndarray | None = None
+    block: csr_matrix,
+    base: float | None,
+    *,
+    decimals: int | None = None,
+    scale: np.ndarray | None = None,
+    scale_error: float = 1e-6,
 ) -> Recovered:
     """Find the counts of a block of cells.
 
@@ -112,6 +116,8 @@ def recover_block(
         Number of decimals that the values were rounded to; ``None`` if they were not.
     scale
         Known scale of each cell, shape ``(cells,)``; nothing is searched then, only checked.
+    scale_error
+        Relative error of ``scale``.
     """
     stored, lengths = block.data, np.diff(block.indptr)
     positive = stored > 0
@@ -124,7 +130,7 @@ def recover_block(
 
     n_cells = len(lengths)
     found, deviation = np.full(n_cells, np.nan), np.full(n_cells, np.nan)
-    counts, totals = np.zeros(len(linear)), np.zeros(n_cells)
+    counts, totals, n_uncertain = np.zeros(len(linear)), np.zeros(n_cells), 0
     ends = np.cumsum(lengths)
     filled = np.flatnonzero(lengths)
     if len(filled):
@@ -145,16 +151,18 @@ def recover_block(
         values, bound = linear[where], error[where]
         if scale is None:
             rough = _Scale(smallest[pending] / minimum, its_error[pending])
-            # the better the scale, the more counts are certain, and the better the scale
-            exact = rough.refine(values, bound, starts, n).refine(values, bound, starts, n)
         else:
-            exact = _Scale(scale[pending], np.zeros(len(pending)))
+            rough = _Scale(scale[pending], np.full(len(pending), scale_error))
+        # the better the scale, the more counts are certain, and the better the scale
+        exact = rough.refine(values, bound, starts, n).refine(values, bound, starts, n)
         ratio = values / np.repeat(exact.value, n)
         whole = np.rint(ratio)
         off = np.abs(ratio - whole)
         allowed = whole * (bound + np.repeat(exact.error, n))
-        fits = np.logical_and.reduceat((off <= _SLACK + allowed) & (whole > 0), starts)
-        fits &= np.add.reduceat(allowed > _VAGUE, starts) <= _LARGEST_VAGUE_SHARE * n
+        fits = np.logical_and.reduceat((off <= allowed) & (whole > 0), starts)
+        vague = np.add.reduceat(allowed > _VAGUE, starts)
+        fits &= vague <= np.maximum(n >= _ENOUGH_FOR_ONE_VAGUE, _LARGEST_VAGUE_SHARE * n)
+        n_uncertain += int(vague[fits].sum())
         done, kept = pending[fits], np.repeat(fits, n)
         found[done] = exact.value[fits]
         deviation[done] = np.maximum.reduceat(off, starts)[fits]
@@ -163,7 +171,6 @@ def recover_block(
 
     failed = np.zeros(n_cells, dtype=bool)
     failed[pending] = True
-    n_uncertain = int((counts * error > _VAGUE).sum())
     if not positive.all():
         counts, part = np.zeros(len(positive)), counts
         counts[positive] = part
@@ -185,9 +192,9 @@ class _Scale:
         whole = np.rint(values / np.repeat(self.value, lengths))
         certain = whole * (bound + np.repeat(self.error, lengths)) < _CERTAIN
         whole = np.maximum(whole, 1.0)
-        one, spread = values / whole, bound + _SLACK / whole
-        low = np.maximum.reduceat(np.where(certain, one * (1 - spread), 0.0), starts)
-        high = np.minimum.reduceat(np.where(certain, one * (1 + spread), np.inf), starts)
+        one = values / whole
+        low = np.maximum.reduceat(np.where(certain, one * (1 - bound), 0.0), starts)
+        high = np.minimum.reduceat(np.where(certain, one * (1 + bound), np.inf), starts)
         possible = (low <= high) & np.isfinite(high)
         value = np.where(possible, (low + high) / 2, np.nan)
         return _Scale(value, (high - low) / 2 / value)

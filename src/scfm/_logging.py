@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 
 _LEVELS = {0: logging.ERROR, 1: logging.WARNING, 2: logging.INFO, 3: logging.DEBUG}
 
@@ -37,7 +37,7 @@ def set_verbosity(level: int) -> None:
 
 
 def _emit(level: int, message: str, time: datetime | None, deep: str | None) -> datetime:
-    now = datetime.now(tz=timezone.utc)
+    now = datetime.now(tz=UTC)
     if time is not None:
         passed = timedelta(seconds=round((now - time).total_seconds(), 1))
         message = f"{message} ({str(passed).rstrip('0') if passed.microseconds else passed})"

@@ -97,7 +97,9 @@ def test_layers(golden, run):
     with torch.inference_mode():
         genes, x, padding = backbone._inputs(tokens)
         close(genes[valid], data.expected[f"{run}__b0__gene_emb"][valid], atol=1e-5)
-        close(backbone.module.embed_values(tokens.values)[valid], data.expected[f"{run}__b0__value_emb"][valid], atol=1e-5)
+        close(
+            backbone.module.embed_values(tokens.values)[valid], data.expected[f"{run}__b0__value_emb"][valid], atol=1e-5
+        )
         for number, layer in enumerate(backbone.module.layers):
             x = layer(x, padding)
             close(x[valid], data.expected[f"{run}__b0__block{number}"][valid], **FLOAT32)
@@ -253,9 +255,7 @@ def test_cells_in_chunks_of_three(golden, case, variant):
     """Upstream's ``encode_batch`` normalises each chunk with the statistics of its first cell."""
     data = golden("scgpt", case)
     config, options = data.case["config"], data.case["variants"][variant]
-    backbone = scfm.load(
-        data.path / "checkpoint" / f"{variant}.pt", args={**config, **options}, vocab=_names(config)
-    )
+    backbone = scfm.load(data.path / "checkpoint" / f"{variant}.pt", args={**config, **options}, vocab=_names(config))
     labels = {}
     if backbone.module.batches is not None:
         own = data.input[f"{variant}__batch_labels"]
@@ -340,7 +340,11 @@ def test_generation(golden, precision):
         from_cell = backbone.module.mvc(known[:, 0], torch.cat([known_genes, query_genes], 1)).values
         both = torch.cat([valid, asked], 1)
         close(from_cell[both], data.expected[f"pass1__mvc_output{suffix}"][both], **tolerance)
-        close(backbone.embed(replace(tokens, queries=None), normalize=False), data.expected["pcpt_only__cell_emb"], atol=3e-4)
+        close(
+            backbone.embed(replace(tokens, queries=None), normalize=False),
+            data.expected["pcpt_only__cell_emb"],
+            atol=3e-4,
+        )
     close(backbone.generate(tokens)[asked], data.expected[f"pass1__gen_preds{suffix}"][asked], **tolerance)
     close(backbone.reconstruct(tokens)[asked], data.expected[f"pass1__gen_preds{suffix}"][asked], **tolerance)
     second = backbone.generate(tokens, cell_embeddings=known[:, 0])

@@ -20,4 +20,5 @@ def test_pca_separates_groups_and_leaves_the_data_alone():
     assert out.dtype == np.float32
     assert (adata.X != before).nnz == 0
     first = out[:, 0]
-    assert min(abs(first[:30].mean() - first[30:].mean()) / first[:30].std(), 9) > 3
+    separation = abs(first[:30].mean() - first[30:].mean()) / first[:30].std()
+    assert separation > 3

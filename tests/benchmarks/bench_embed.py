@@ -113,7 +113,9 @@ def speed(kind: str, n_cells: int) -> None:
     necessary = flops(tokens.lengths.numpy().astype(float), backbone.config)
     weights = sum(p.numel() * p.element_size() for p in backbone.module.parameters()) / 2**20
     reference, rate = None, None
-    print(f"\n{kind}: {n_cells} cells, {int(tokens.lengths.float().mean())} tokens on average, {weights:.0f} MiB weights")
+    print(
+        f"\n{kind}: {n_cells} cells, {int(tokens.lengths.float().mean())} tokens on average, {weights:.0f} MiB weights"
+    )
     for precision in ("float32", "bfloat16"):
         backbone.to("cpu", precision)
         scfm.tl.embed(adata[:2].copy(), backbone, progress=False)

@@ -65,7 +65,9 @@ def test_normalised_values_are_kept_beside_their_logarithm():
     adata = AnnData(sparse.csr_matrix(np.random.default_rng(0).poisson(2, (6, 9)).astype(np.float32)))
     scfm.pp.recipe_scgpt(adata, min_counts_genes=None)
     np.testing.assert_allclose(adata.layers["X_normed"].sum(1), 1e4, rtol=1e-5)
-    np.testing.assert_allclose(adata.layers["X_log1p"].toarray(), np.log1p(adata.layers["X_normed"].toarray()), rtol=1e-6)
+    np.testing.assert_allclose(
+        adata.layers["X_log1p"].toarray(), np.log1p(adata.layers["X_normed"].toarray()), rtol=1e-6
+    )
 
 
 def test_a_view_is_refused():

@@ -170,12 +170,13 @@ class Backbone(ABC):
         """Complete tokenizer options that depend on the whole data set; ``blocks`` yields CSR blocks."""
         return options
 
-    def _embed(self, tokens: TokenBatch, pooling: str, **options: Any) -> Tensor: ...
-    def _gene_embeddings(self) -> Tensor: ...
-    def _gene_states(self, tokens: TokenBatch, **options: Any) -> Any: ...
-    def _reconstruct(self, tokens: TokenBatch, **options: Any) -> Tensor: ...
-    def _attention(self, tokens: TokenBatch, layer: int, **options: Any) -> Tensor: ...
-    def _pretraining_loss(self, tokens: TokenBatch, generator: torch.Generator, **options: Any) -> Any: ...
+    # what a class says it can do in `capabilities`, it implements here
+    def _embed(self, tokens: TokenBatch, pooling: str, **options: Any) -> Tensor: ...  # noqa: B027
+    def _gene_embeddings(self) -> Tensor: ...  # noqa: B027
+    def _gene_states(self, tokens: TokenBatch, **options: Any) -> Any: ...  # noqa: B027
+    def _reconstruct(self, tokens: TokenBatch, **options: Any) -> Tensor: ...  # noqa: B027
+    def _attention(self, tokens: TokenBatch, layer: int, **options: Any) -> Tensor: ...  # noqa: B027
+    def _pretraining_loss(self, tokens: TokenBatch, generator: torch.Generator, **options: Any) -> Any: ...  # noqa: B027
 
     # -- what everybody calls ------------------------------------------------------------------------------------
 

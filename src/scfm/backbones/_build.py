@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from .._errors import CheckpointError
 from ..checkpoints.convert import LoadReport, check_against
@@ -18,6 +19,20 @@ if TYPE_CHECKING:
     from .._settings import Precision
     from ..genes import GeneVocab
     from ._base import Backbone
+
+_INITIALISERS = {
+    *("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_"),
+    *("xavier_normal_", "orthogonal_", "constant_", "zeros_", "ones_", "fill_", "zero_"),
+}
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Leaves tensors as they are; on the meta device, initialisation does nothing but import a compiler for seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if getattr(func, "__name__", "") in _INITIALISERS:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def filled(
@@ -40,7 +55,7 @@ def filled(
     CheckpointError
         If keys or shapes differ, or a buffer stays empty.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialisation():
         module = cls.build(config, vocab)
     expected = module.state_dict()
     check_against(state, expected, report).raise_for_errors(what)

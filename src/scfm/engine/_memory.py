@@ -19,7 +19,7 @@ _TOKENS_MPS = 16384
 _TOKENS_CUDA = 131072
 _TOKENS_CUDA_NEED = 16 * 2**30
 _BLOCK_CELLS = 2048
-_BLOCK_VALUES = 8 * 2**20
+_BLOCK_VALUES = 2**21
 _BLOCK_OUTPUT_BYTES = 256 * 2**20
 
 _MESSAGES = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_failed")
@@ -35,7 +35,7 @@ def choose_limits(device: torch.device, batch_size: int | None, tokens_per_batch
 
 
 def choose_block_size(source: CellSource, shape: tuple[int, ...]) -> int:
-    """Cells per block, so that neither its counts nor its results take more than a few hundred megabytes."""
+    """Cells per block, so that its counts, its tokens and its results stay at a few hundred megabytes."""
     by_values = _BLOCK_VALUES / max(1.0, source.values_per_cell())
     by_output = _BLOCK_OUTPUT_BYTES / (4 * max(1, math.prod(shape)))
     return max(1, int(min(_BLOCK_CELLS, by_values, by_output)))

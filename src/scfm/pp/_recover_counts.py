@@ -98,7 +98,7 @@ def recover_counts(
         columns = _columns_of(adata, source)
         stats = gather(source)
         _refuse_other_values(stats, source, adata)
-        found = _recover(source, stats, np.ones(adata.n_obs) if stats.kind == "counts" else None)
+        found = _recover(source, stats, _Known(np.ones(adata.n_obs)) if stats.kind == "counts" else None)
         if factors is not None and (found.scale > 0).any():
             found = _recover(source, stats, _scale_from(factors, found, stats.n_empty_cells))
         elif stats.kind != "counts" and _is_common(found.scale):
@@ -124,6 +124,14 @@ def recover_counts(
     if found.n_uncertain:
         _logging.warning(f"{found.n_uncertain:,} counts are too large to be exact to the last digit")
     return adata if copy else None
+
+
+@dataclass
+class _Known:
+    """Value of one count in each cell, and its relative error."""
+
+    values: np.ndarray
+    error: float = 1e-6
 
 
 @dataclass
@@ -195,12 +203,12 @@ def _refuse_other_values(stats: CountStats, source: CellSource, adata: AnnData) 
     raise ValueError(msg)
 
 
-def _recover(source: CellSource, stats: CountStats, scale: np.ndarray | None) -> _Found:
+def _recover(source: CellSource, stats: CountStats, scale: _Known | None) -> _Found:
     decimals = None if stats.transform is None else stats.transform.decimals
     blocks, parts = [], []
     for start, stop, block in source.blocks(BLOCK_CELLS):
-        known = None if scale is None else scale[start:stop]
-        part = recover_block(block, stats.log_base, decimals=decimals, scale=known)
+        known = {} if scale is None else {"scale": scale.values[start:stop], "scale_error": scale.error}
+        part = recover_block(block, stats.log_base, decimals=decimals, **known)
         dtype = np.float32 if part.counts.max(initial=0) <= _EXACT_IN_FLOAT32 else np.float64
         # copies, because the block may share its arrays with the input
         arrays = (part.counts.astype(dtype), block.indices.copy(), block.indptr.copy())
@@ -221,16 +229,17 @@ def _is_common(scale: np.ndarray) -> bool:
     return len(scale) > 0 and bool(np.mean(np.abs(scale / np.median(scale) - 1) < 1e-3) > 0.9)
 
 
-def _scale_from(factors: np.ndarray, found: _Found, n_empty: int) -> np.ndarray:
+def _scale_from(factors: np.ndarray, found: _Found, n_empty: int) -> _Known:
     """Value of one count in each cell, when it is inversely proportional to the size factors."""
     if (factors == 0).sum() > n_empty:
         msg = "size_factors holds zeros for cells that have counts"
         raise ValueError(msg)
     known = found.scale > 0
     # a cell whose counts have a common divisor has too large a scale, so most cells, not all, agree on the factor
-    constant = np.median((found.scale * factors)[known])
+    constants = (found.scale * factors)[known]
+    constant = np.median(constants)
     with np.errstate(divide="ignore"):
-        return constant / factors
+        return _Known(constant / factors, 1e-6 + float(np.median(np.abs(constants / constant - 1))))
 
 
 def _refuse_failures(found: _Found, adata: AnnData, where: str, *, with_factors: bool) -> None:

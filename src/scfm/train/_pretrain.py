@@ -69,13 +69,17 @@ def pretrain(recipe: Recipe, *, device: str = "auto") -> TrainingResult:
     vocab = GeneVocab([*cls.specials, *frequent_genes(recipe.sources, recipe.n_genes)], specials=cls.specials)
     counts = _read(recipe, vocab)
     columns = np.flatnonzero(vocab.is_gene)
-    backbone = from_config(recipe.kind, config, vocab, name=recipe.name, seed=recipe.seed, device=device, precision="float32")
+    backbone = from_config(
+        recipe.kind, config, vocab, name=recipe.name, seed=recipe.seed, device=device, precision="float32"
+    )
     module = backbone.module.requires_grad_(requires_grad=True)
 
     order = torch.randperm(counts.shape[0], generator=generator).numpy()
     n_validation = round(recipe.validation_share * len(order))
     held_out, training = np.sort(order[:n_validation]), np.sort(order[n_validation:])
-    start = logg.info(f"training {recipe.name}: {len(training):,} cells, {len(columns):,} genes, {recipe.max_steps} steps")
+    start = logg.info(
+        f"training {recipe.name}: {len(training):,} cells, {len(columns):,} genes, {recipe.max_steps} steps"
+    )
 
     def loss_of(rows: np.ndarray, source: torch.Generator) -> torch.Tensor:
         tokens = backbone.tokenize_for_training(counts[rows], columns, source)

@@ -62,9 +62,19 @@ class SCFoundationBackbone(Backbone):
         return checkpoint.read(directory, **options)
 
     @classmethod
+    def read_vocab(cls, directory: Path, **options: Any) -> GeneVocab:
+        """Read the gene list; the weights are not needed if it lies in ``directory``."""
+        return checkpoint.read_vocab(directory, **options)
+
+    @classmethod
     def config_from_dict(cls, values: dict[str, Any]) -> SCFoundationConfig:
         """Rebuild the config from JSON values."""
         return SCFoundationConfig(**values)
+
+    @classmethod
+    def small_config(cls, vocab: GeneVocab, **values: Any) -> SCFoundationConfig:
+        """Config for the genes of ``vocab``, with other sizes than the released ones where given."""
+        return SCFoundationConfig(**{"n_genes": len(vocab), **values})
 
     @classmethod
     def build(cls, config: SCFoundationConfig, vocab: GeneVocab) -> SCFoundation:
@@ -124,7 +134,8 @@ class SCFoundationBackbone(Backbone):
 
         Returns
         -------
-        Tokens; cells without any known expressed gene or with a total count of 1 or less are not ``valid``.
+        Tokens. Cells without any known expressed gene, or with an actual or wanted total count of 1 or less, are not
+        ``valid``.
 
         Raises
         ------
@@ -173,11 +184,10 @@ class SCFoundationBackbone(Backbone):
             msg = "scFoundation has one place for each gene; use duplicates='sum' or 'error'"
             raise ValueError(msg)
         if not isinstance(genes, GeneMatch):
-            genes = np.asarray(genes)
-            if genes.dtype.kind in "iu":
-                names = np.append(self.vocab.names, "")[genes]
-                genes = names
-            genes = self.vocab.match(genes)
+            names = np.asarray(genes)
+            if names.dtype.kind in "iu":
+                names = np.append(self.vocab.names, "")[names]
+            genes = self.vocab.match(names)
         return genes.collapse(counts, duplicates=duplicates)
 
     def batch(

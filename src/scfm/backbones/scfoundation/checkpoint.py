@@ -140,10 +140,19 @@ def read(
         msg = f"the config of {weights!r} in {path} is none of scFoundation: {type(error).__name__}: {error}"
         raise CheckpointError(msg) from error
     state, report = rename(part["state_dict"], KEY_TABLE)
-    return Checkpoint(config, read_vocab(path, config.n_genes, genes), state, report, weights)
+    vocab = make_vocab(path, config.n_genes, genes)
+    file = path.name if path == directory else str(path.relative_to(directory))
+    return Checkpoint(config, vocab, state, report, weights=weights, file=file)
 
 
-def read_vocab(
+def read_vocab(directory: Path, **options: Any) -> GeneVocab:
+    """Genes of a model from its folder, which need not hold the weights; options are those of :func:`read`."""
+    if find_container(directory) is None and options.get("genes") is None and (directory / GENE_LIST).is_file():
+        return GeneVocab(_read_table(directory / GENE_LIST))
+    return read(directory, **options).vocab
+
+
+def make_vocab(
     path: Path, n_genes: int, genes: Sequence[str] | np.ndarray | GeneVocab | str | Path | None = None
 ) -> GeneVocab:
     """Genes of a model; see :func:`read` for where they come from.

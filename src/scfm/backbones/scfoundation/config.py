@@ -174,14 +174,15 @@ def _merge(values: Mapping[str, Any]) -> dict[str, Any]:
 
 PRESETS: dict[str, SCFoundationConfig] = {
     "scfoundation": SCFoundationConfig(),
-    "mini": SCFoundationConfig(
-        encoder_dim=16,
-        encoder_depth=3,
-        encoder_heads=2,
-        decoder_dim=12,
+    # small enough to travel with the package: the gene table in float16 takes 1.2 MB
+    "scfoundation-mini": SCFoundationConfig(
+        encoder_dim=32,
+        encoder_depth=4,
+        encoder_heads=4,
+        decoder_dim=32,
         decoder_depth=2,
-        decoder_heads=2,
-        decoder_dim_head=6,
-        n_bins=20,
+        decoder_heads=4,
+        decoder_dim_head=8,
+        n_bins=32,
     ),
 }

@@ -230,9 +230,16 @@ class PerformerStack(nn.Module):
             block.update_(x, sums, sums.maximum.amax())
         return x
 
+    def count_call(self, redraw_every: int, generator: torch.Generator | None = None) -> None:
+        """Count a training step, or draw new random features when enough of them have passed."""
+        if int(self.calls_since_redraw) >= redraw_every:
+            self.redraw_projections(generator)
+        else:
+            self.calls_since_redraw += 1
+
     @torch.no_grad()
     def redraw_projections(self, generator: torch.Generator | None = None) -> None:
-        """Draw new random features in all layers; for pre-training from scratch."""
+        """Draw new random features in all layers."""
         for layer in self.layers:
             layer.projection.copy_(orthogonal_random_features(*layer.projection.shape, generator))
         self.calls_since_redraw.zero_()

@@ -167,6 +167,14 @@ class SCFoundation(nn.Module):
         """Expression (log1p of counts per 10,000 at depth T) from decoder states, last axis removed."""
         return self.head(states).squeeze(-1)
 
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def count_call(self, redraw_every: int, generator: torch.Generator | None = None) -> None:
+        """Count a training step; new random features are drawn after ``redraw_every`` of them."""
+        for stack in (self.encoder, self.decoder):
+            if isinstance(stack, PerformerStack):
+                stack.count_call(redraw_every, generator)
+
 
 def _stack(config: SCFoundationConfig, side: str) -> TransformerStack | PerformerStack:
     dim, depth, heads, kind = (getattr(config, f"{side}_{name}") for name in ("dim", "depth", "heads", "layer"))

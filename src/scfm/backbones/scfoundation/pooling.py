@@ -34,18 +34,17 @@ def _part(tokens: TokenBatch, hidden: Tensor, part: str, config: SCFoundationCon
     cells = cell_of(tokens)
     if part in ("S", "T"):
         chosen = tokens.flat_ids == (config.source_id if part == "S" else config.target_id)
-        return _missing(tokens, hidden).index_copy(0, cells[chosen], hidden[chosen])
+        missing = hidden.new_full((len(tokens), hidden.shape[1]), torch.nan)
+        return missing.index_copy(0, cells[chosen], hidden[chosen])
     if part == "max":
-        return _reduce(tokens, hidden, tokens.lengths, "max")
+        return _reduce(hidden, tokens.lengths, "max")
     is_gene = tokens.flat_ids < config.n_genes
     lengths = torch.bincount(cells[is_gene], minlength=len(tokens))
-    return _reduce(tokens, hidden[is_gene], lengths, "max" if part == "gene_max" else "mean")
+    return _reduce(hidden[is_gene], lengths, "max" if part == "gene_max" else "mean")
 
 
-def _reduce(tokens: TokenBatch, hidden: Tensor, lengths: Tensor, how: str) -> Tensor:
+def _reduce(hidden: Tensor, lengths: Tensor, how: str) -> Tensor:
+    if hidden.device.type == "mps":  # segment_reduce has no kernel there
+        return _reduce(hidden.cpu(), lengths.cpu(), how).to(hidden.device)
     pooled = torch.segment_reduce(hidden, how, lengths=lengths, axis=0)
     return torch.where((lengths > 0)[:, None], pooled, torch.nan)
-
-
-def _missing(tokens: TokenBatch, hidden: Tensor) -> Tensor:
-    return hidden.new_full((len(tokens), hidden.shape[1]), torch.nan)

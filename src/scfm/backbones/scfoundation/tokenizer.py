@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -180,7 +180,7 @@ def tokenize(
         genes.indptr + 2 * np.arange(n_cells + 1),
         config,
         per_cell={"total": torch.from_numpy(total)},
-        valid=torch.from_numpy(has_gene & (source > 0)),
+        valid=torch.from_numpy(has_gene & (source > 0) & (wanted > 0)),
     )
 
 
@@ -261,7 +261,8 @@ def tokens_of_rows(rows: NDArray[np.floating], config: SCFoundationConfig) -> To
         rows = rows.astype(np.float32)
     cells, positions = np.nonzero(rows)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(cells, minlength=len(rows)))])
-    return tokens_of(positions, rows[cells, positions], offsets, config)
+    tokens = tokens_of(positions, rows[cells, positions], offsets, config)
+    return tokens if bool(tokens.lengths.all()) else replace(tokens, valid=tokens.lengths > 0)
 
 
 def checked_ids(tokens: TokenBatch, config: SCFoundationConfig) -> TokenBatch:

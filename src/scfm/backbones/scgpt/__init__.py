@@ -95,6 +95,11 @@ class SCGPTBackbone(Backbone):
         return checkpoint.read(directory, **options)
 
     @classmethod
+    def read_vocab(cls, directory: Path, **options: Any) -> GeneVocab:
+        """Read the genes of an official folder without its weights."""
+        return checkpoint.read_vocab(options.get("vocab") or directory / checkpoint.VOCAB)
+
+    @classmethod
     def config_from_dict(cls, values: dict[str, Any]) -> SCGPTConfig:
         """Rebuild the config from JSON values."""
         return SCGPTConfig(**values)

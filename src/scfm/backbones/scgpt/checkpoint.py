@@ -88,8 +88,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def read_vocab(source: Path | Mapping[str, int] | Sequence[str] | GeneVocab, n_tokens: int) -> GeneVocab:
-    """Build the vocabulary from ``vocab.json``, a mapping token -> id, or names in order."""
+def read_vocab(source: Path | Mapping[str, int] | Sequence[str] | GeneVocab, n_tokens: int | None = None) -> GeneVocab:
+    """Build the vocabulary from ``vocab.json``, a mapping token -> id, or names in order.
+
+    Special tokens that are missing are appended; with ``n_tokens``, the rows of the gene table, the sizes have to agree.
+    """
     if isinstance(source, GeneVocab):
         return source
     if not isinstance(source, (list, tuple)):
@@ -99,11 +102,10 @@ def read_vocab(source: Path | Mapping[str, int] | Sequence[str] | GeneVocab, n_t
             raise CheckpointError(msg)
         source = sorted(mapping, key=mapping.__getitem__)
     names = [*source, *(token for token in SPECIALS if token not in set(source))]
-    if len(names) < n_tokens:
-        msg = f"{VOCAB} names {len(source)} tokens but the weights hold {n_tokens}: the files belong to different models"
-        raise CheckpointError(msg)
-    if len(source) > n_tokens:
-        msg = f"{VOCAB} names {len(source)} tokens but the weights hold only {n_tokens}: the files belong to different models"
+    if n_tokens is not None and not len(source) <= n_tokens <= len(names):
+        msg = (
+            f"{VOCAB} names {len(source)} tokens but the weights hold {n_tokens}: the files belong to different models"
+        )
         raise CheckpointError(msg)
     return GeneVocab(names[:n_tokens], specials=[token for token in SPECIALS if token in set(names[:n_tokens])])
 

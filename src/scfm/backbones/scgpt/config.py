@@ -132,7 +132,9 @@ def infer_config(state: Mapping[str, Tensor], args: Mapping[str, Any]) -> SCGPTC
     elif "batch_norm.weight" in state:
         norm = "batchnorm"
     batch_rows = [len(domains)]
-    batch_rows += [state[key].shape[0] for key in ("batches.embedding.weight", "discriminator.out.weight") if key in state]
+    batch_rows += [
+        state[key].shape[0] for key in ("batches.embedding.weight", "discriminator.out.weight") if key in state
+    ]
     class_layers = [key for key in state if key.startswith("classifier.hidden.") and state[key].ndim == 2]
     return SCGPTConfig(
         dim=dim,

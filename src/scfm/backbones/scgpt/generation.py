@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from .._tokens import TokenBatch
-from .heads import Decoded
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from . import SCGPTBackbone
+    from .heads import Decoded
 
 Confidence = Literal["value", "dropout", "zeros"]
 
@@ -160,7 +160,5 @@ def _move(
         pad_value=tokens.pad_value,
         padding=torch.cat([tokens.padding, ~moved], 1),
     )
-    queries = TokenBatch.from_padded(
-        ids, clamped, pad_id=tokens.pad_id, pad_value=tokens.pad_value, padding=~waiting
-    )
+    queries = TokenBatch.from_padded(ids, clamped, pad_id=tokens.pad_id, pad_value=tokens.pad_value, padding=~waiting)
     return replace(known, per_cell=tokens.per_cell, queries=queries, valid=tokens.valid)

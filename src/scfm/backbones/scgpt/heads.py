@@ -34,6 +34,7 @@ class ExpressionDecoder(nn.Module):
         self.zero_logit = _leaky_mlp(dim_in, dim) if explicit_zeros else None
 
     def forward(self, x: Tensor) -> Decoded:
+        """Decode token states ``(cells, length, dim_in)``."""
         nonzero = None if self.zero_logit is None else torch.sigmoid(self.zero_logit(x).squeeze(-1))
         return Decoded(self.fc(x).squeeze(-1), nonzero)
 
@@ -81,7 +82,11 @@ class MVCDecoder(nn.Module):
                 nonzero = torch.sigmoid((self.W_zero_logit(query) @ cell.unsqueeze(-1)).squeeze(-1))
             return Decoded(values, nonzero)
         cell = cell.unsqueeze(1)
-        hidden = torch.cat([cell.expand(-1, query.shape[1], -1), query], -1) if self.style == "concat query" else cell + query
+        hidden = (
+            torch.cat([cell.expand(-1, query.shape[1], -1), query], -1)
+            if self.style == "concat query"
+            else cell + query
+        )
         return Decoded(self.fc2(self.hidden_activation(self.fc1(hidden))).squeeze(-1), None)
 
 
@@ -119,6 +124,7 @@ class Discriminator(_Head):
         super().__init__(head.hidden, head.out)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits of the batches, ``(cells, n_batches)``."""
         return super().forward(_ReverseGradient.apply(x))
 
 

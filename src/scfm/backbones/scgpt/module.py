@@ -27,6 +27,7 @@ class NormedEmbedding(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Embedding of ``ids``, ``(*ids.shape, dim)``."""
         return self.norm(self.embedding(ids))
 
     def table(self) -> Tensor:
@@ -45,6 +46,7 @@ class ContinuousValues(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, values: Tensor) -> Tensor:
+        """Embedding of ``values``, ``(*values.shape, dim)``."""
         values = values.unsqueeze(-1).to(self.linear1.weight.dtype).clamp(max=_MAX_VALUE)
         return self.dropout(self.norm(self.linear2(F.relu(self.linear1(values)))))
 
@@ -73,9 +75,11 @@ class EncoderLayer(nn.Module):
 
     @property
     def attention_dropout(self) -> float:
+        """Dropout on attention weights, 0 in inference."""
         return self.dropout.p if self.training else 0.0
 
     def feed_forward(self, x: Tensor) -> Tensor:
+        """The two linear layers after attention."""
         return self.linear2(self.dropout(F.relu(self.linear1(x))))
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from .._tokens import TokenBatch
 from .generation import two_streams
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .._tokens import TokenBatch
     from . import SCGPTBackbone
 
 RATIOS = (0.25, 0.5, 0.75)
@@ -170,7 +170,9 @@ def generative_loss(
     gene_prompt = masked_square_error(module.decoder(module.with_batches(queries, labels)).values, target, chosen)
     from_cell = zero
     if module.mvc is not None:
-        from_cell = masked_square_error(module.mvc(module.with_batches(cells, labels), query_genes).values, target, chosen)
+        from_cell = masked_square_error(
+            module.mvc(module.with_batches(cells, labels), query_genes).values, target, chosen
+        )
     second = zero
     if cell_prompt:
         _, queries, _, _ = two_streams(backbone, tokens, cells.detach())

@@ -106,6 +106,7 @@ nitpick_ignore_regex = [
 html_theme = "sphinx_book_theme"
 html_title = "scfm"
 html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 html_show_sourcelink = False
 html_theme_options = {
     "path_to_docs": "docs",

@@ -169,6 +169,11 @@ class GeneVocab:
         aliases
             Table for steps 2 and 3, see :meth:`AliasTable.read`; without it only Ensembl ids that the vocabulary
             itself knows can be used.
+
+        Raises
+        ------
+        ValueError
+            If there are not as many Ensembl ids as names.
         """
         names = as_names(var_names)
         inside = ensembl_ids_in(names)

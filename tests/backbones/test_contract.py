@@ -17,6 +17,7 @@ N_GENES = 40
 SMALL = {
     "scgpt": {"dim": 16, "n_heads": 2, "ffn_dim": 24, "n_layers": 2},
     "scfoundation": {
+        "n_genes": N_GENES,
         "encoder_dim": 12,
         "encoder_depth": 2,
         "encoder_heads": 3,

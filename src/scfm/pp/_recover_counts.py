@@ -9,7 +9,7 @@ import numpy as np
 from scipy import sparse
 
 from .. import _keys, _logging
-from .._count_recovery import LOG_BASES, common_total, recover_block
+from .._count_recovery import LOG_BASES, Recovered, common_total, recover_block
 from ..data import open_source
 from ._check_counts import BLOCK_CELLS, gather
 
@@ -98,12 +98,7 @@ def recover_counts(
         columns = _columns_of(adata, source)
         stats = gather(source)
         _refuse_other_values(stats, source, adata)
-        found = _recover(source, stats, _Known(np.ones(adata.n_obs)) if stats.kind == "counts" else None)
-        if factors is not None and (found.scale > 0).any():
-            found = _recover(source, stats, _scale_from(factors, found, stats.n_empty_cells))
-        elif stats.kind != "counts" and _is_common(found.scale):
-            together = _recover(source, stats, _scale_from(np.ones(adata.n_obs), found, stats.n_empty_cells))
-            found = found if together.failed.any() else together
+        found = _find(source, stats, factors)
     _refuse_failures(found, adata, source.where, with_factors=factors is not None)
 
     counts = found.counts if columns is None else found.counts[:, columns]
@@ -203,12 +198,28 @@ def _refuse_other_values(stats: CountStats, source: CellSource, adata: AnnData) 
     raise ValueError(msg)
 
 
-def _recover(source: CellSource, stats: CountStats, scale: _Known | None) -> _Found:
+def _find(source: CellSource, stats: CountStats, factors: np.ndarray | None) -> _Found:
+    """Cell by cell; then, where the cells are tied together, with one factor for all of them."""
+    alone = _recover(source, stats)
+    if stats.kind == "counts" or not (alone.scale > 0).any():
+        return alone
+    if factors is not None:
+        return _recover(source, stats, _scale_from(factors, alone, stats.n_empty_cells))
+    if _is_common(alone.scale):
+        together = _recover(source, stats, _scale_from(np.ones(source.n_obs), alone, stats.n_empty_cells))
+        return alone if together.failed.any() else together
+    return alone
+
+
+def _recover(source: CellSource, stats: CountStats, scale: _Known | None = None) -> _Found:
     decimals = None if stats.transform is None else stats.transform.decimals
     blocks, parts = [], []
     for start, stop, block in source.blocks(BLOCK_CELLS):
         known = {} if scale is None else {"scale": scale.values[start:stop], "scale_error": scale.error}
-        part = recover_block(block, stats.log_base, decimals=decimals, **known)
+        if stats.kind == "counts":
+            part = _unchanged(block)
+        else:
+            part = recover_block(block, stats.log_base, decimals=decimals, **known)
         dtype = np.float32 if part.counts.max(initial=0) <= _EXACT_IN_FLOAT32 else np.float64
         # copies, because the block may share its arrays with the input
         arrays = (part.counts.astype(dtype), block.indices.copy(), block.indptr.copy())
@@ -221,6 +232,13 @@ def _recover(source: CellSource, stats: CountStats, scale: _Known | None) -> _Fo
         if f.name not in ("counts", "n_uncertain")
     }
     return _Found(counts, n_uncertain=sum(part.n_uncertain for part in parts), **joined)
+
+
+def _unchanged(counts: csr_matrix) -> Recovered:
+    filled = np.diff(counts.indptr) > 0
+    one = np.where(filled, 1.0, np.nan)
+    totals = np.asarray(counts.sum(1), dtype=np.float64).ravel()
+    return Recovered(counts.data, one, totals, np.where(filled, 0.0, np.nan), np.zeros(len(filled), dtype=bool), 0)
 
 
 def _is_common(scale: np.ndarray) -> bool:

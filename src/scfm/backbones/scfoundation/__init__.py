@@ -72,11 +72,6 @@ class SCFoundationBackbone(Backbone):
         return SCFoundationConfig(**values)
 
     @classmethod
-    def small_config(cls, vocab: GeneVocab, **values: Any) -> SCFoundationConfig:
-        """Config for the genes of ``vocab``, with other sizes than the released ones where given."""
-        return SCFoundationConfig(**{"n_genes": len(vocab), **values})
-
-    @classmethod
     def build(cls, config: SCFoundationConfig, vocab: GeneVocab) -> SCFoundation:
         """Make the network with fresh weights."""
         if len(vocab) != config.n_genes:

@@ -168,15 +168,16 @@ def tokenize(
     total = row_sums(genes) if totals is None else totals
     values, source, wanted = model_values(genes, mode, target, total, median_total)
     has_gene = np.diff(_running_count(values > 0)[genes.indptr]) > 0
+    n_cells = genes.shape[0]
+    ends = np.repeat(genes.indptr[1:], 2)
+    positions = np.insert(genes.indices.astype(np.int64), ends, np.tile([config.target_id, config.source_id], n_cells))
+    values = np.insert(values, ends, np.stack([wanted, source], 1).ravel()).astype(np.float32)
     # numbers of the data must not be taken for the marks of masked and padded positions
     marked = np.isin(values, (config.mask_value, config.pad_value))
-    values[marked] = np.nextafter(values[marked].astype(np.float32), np.float32(0))
-
-    ends = np.repeat(genes.indptr[1:], 2)
-    n_cells = genes.shape[0]
+    values[marked] = np.nextafter(values[marked], np.float32(0))
     return tokens_of(
-        np.insert(genes.indices.astype(np.int64), ends, np.tile([config.target_id, config.source_id], n_cells)),
-        np.insert(values, ends, np.stack([wanted, source], 1).ravel()).astype(np.float32),
+        positions,
+        values,
         genes.indptr + 2 * np.arange(n_cells + 1),
         config,
         per_cell={"total": torch.from_numpy(total)},

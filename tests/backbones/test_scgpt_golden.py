@@ -385,3 +385,47 @@ def _compare_gradients(backbone, loss, names, norms):
     for name, norm in zip(names, norms, strict=True):
         if norm:
             assert ours[renamed.get(name, name)] == pytest.approx(norm, rel=1e-3), name
+
+
+# -- gene embeddings, attention, classes -----------------------------------------------------------------------------------
+
+
+def test_static_gene_embeddings(golden):
+    data = golden("scgpt", "gene_network")
+    backbone = scfm.load(golden("scgpt", "embed_cells").path / "checkpoint")
+    table = backbone.gene_embeddings()
+    close(table[backbone.vocab.get_ids(data.expected["genes"])], data.expected["embedding"], atol=1e-5)
+    close(table[backbone.vocab.get_ids(data.expected["all_tokens"])], data.expected["all_embedding"], atol=1e-5)
+
+
+def _placeholder_vocab(path):
+    state = torch.load(path, weights_only=True, mmap=True)
+    n = len(state["encoder.embedding.weight"])
+    return [*(f"gene{i}" for i in range(n - 3)), "<pad>", "<cls>", "<eoc>"]
+
+
+def test_attention_scores_and_their_ranks(golden):
+    data = golden("scgpt", "attention_grn")
+    path = data.path / "checkpoint" / "model.pt"
+    backbone = scfm.load(path, args=data.case["config"], vocab=_placeholder_vocab(path))
+    tokens = backbone.batch(data.input["genes"], data.input["values"])
+    raw = backbone.attention(tokens, scores="raw", average_heads=False)
+    close(raw[0], data.expected["raw_scores_cell0"], atol=2e-4)
+    softmax = backbone.attention(tokens, average_heads=False)
+    close(softmax[0], data.expected["softmax_attn_cell0"], atol=2e-4)
+    close(backbone.attention(tokens), softmax.mean(1), atol=1e-6)
+    length = raw.shape[-1]
+    by_row = raw.argsort(-1).argsort(-1) / length
+    np.testing.assert_allclose(by_row[0], data.expected["row_rank_cell0"], atol=1e-6)
+
+
+def test_class_logits_of_a_fine_tuned_file(golden):
+    data = golden("scgpt", "finetune_annotation")
+    path = data.path / "checkpoint" / "model.pt"
+    backbone = scfm.load(path, args=data.case["config"], vocab=_placeholder_vocab(path))
+    with torch.inference_mode():
+        out = backbone.forward(backbone.batch(data.input["genes"], data.input["values"]))
+    close(out.class_logits, data.expected["cls_output"], rtol=1e-4, atol=1e-5)
+    close(out.cells, data.expected["cell_emb"], rtol=1e-4, atol=1e-5)
+    loss = torch.nn.functional.cross_entropy(out.class_logits, torch.as_tensor(data.input["labels"]))
+    close(loss, data.expected["loss"], rtol=1e-4)

@@ -152,7 +152,7 @@ class _Scratch:
         if self._flat is None or self._flat.numel() < rows * features:
             self._flat = x.new_empty(rows * features)
         u = self._flat[: rows * features].view(rows, features)
-        torch.mm(x.reshape(rows, -1), scaled_projection.T, out=u)
+        torch.mm(x.reshape(rows, x.shape[2]), scaled_projection.T, out=u)
         return u.view(*x.shape[:2], features), _half_square(x)
 
 

@@ -10,7 +10,8 @@ import torch
 from ...genes import GeneMatch
 from .._base import Backbone, Checkpoint
 from .._tokens import TokenBatch
-from . import attention, checkpoint, tokenizer
+from . import checkpoint, tokenizer
+from .attention import attention_map
 from .config import PRESETS, SCFoundationConfig
 from .module import SCFoundation, split_tokens
 from .pooling import POOLINGS, pool
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     from ...genes import GeneVocab
     from ...nn.linear_attention import KeyMax
+
+    Genes = Sequence[str] | Sequence[int] | np.ndarray | Tensor
 
 __all__ = ["PRESETS", "SCFoundation", "SCFoundationBackbone", "SCFoundationConfig"]
 
@@ -227,9 +230,7 @@ class SCFoundationBackbone(Backbone):
     def _gene_embeddings(self) -> Tensor:
         return self.module.gene_embedding.weight[: self.config.n_genes]
 
-    def _gene_states(
-        self, tokens: TokenBatch, *, genes: Sequence[int] | np.ndarray | Tensor | None = None, key_max: KeyMax = "cell"
-    ) -> Tensor:
+    def _gene_states(self, tokens: TokenBatch, *, genes: Genes | None = None, key_max: KeyMax = "cell") -> Tensor:
         """Decoder states of genes, ``(cells, genes, decoder_dim)``.
 
         Parameters
@@ -237,7 +238,7 @@ class SCFoundationBackbone(Backbone):
         tokens
             Token batch.
         genes
-            Ids of the wanted genes, which saves work in the last layer; all by default.
+            Names or ids of the wanted genes, which saves work in the last layer; all by default.
         key_max
             ``"cell"`` gives each cell the same numbers in every batch. ``"batch"`` is upstream's ``gene_batch``: the
             cells of the batch influence each other through the maximum of the linear attention.
@@ -250,7 +251,7 @@ class SCFoundationBackbone(Backbone):
         self,
         tokens: TokenBatch,
         *,
-        genes: Sequence[int] | np.ndarray | Tensor | None = None,
+        genes: Genes | None = None,
         include_depth_tokens: bool = False,
         key_max: KeyMax = "cell",
     ) -> Tensor:
@@ -263,7 +264,7 @@ class SCFoundationBackbone(Backbone):
         tokens
             Token batch.
         genes
-            Ids of the wanted genes; all by default.
+            Names or ids of the wanted genes; all by default.
         include_depth_tokens
             Append the (meaningless) outputs at T and S, as the network of upstream does.
         key_max
@@ -275,9 +276,35 @@ class SCFoundationBackbone(Backbone):
             positions = torch.cat([positions, depths])
         return self._decode(tokens, positions, key_max, (len(positions),), self.module.predict)
 
-    def _attention(self, tokens: TokenBatch, layer: int, **options: Any) -> Tensor:
-        """Attention maps; see :func:`scfm.backbones.scfoundation.attention.attention_map`."""
-        return attention.attention_map(self.module, tokens, layer, **options)
+    def _attention(
+        self,
+        tokens: TokenBatch,
+        layer: int,
+        *,
+        kind: Literal["encoder", "decoder"] = "encoder",
+        genes: Genes | None = None,
+        average_heads: bool = True,
+    ) -> Tensor:
+        """Attention weights of one layer, ``(cells, queries, keys)`` or ``(cells, heads, queries, keys)``, float32.
+
+        Parameters
+        ----------
+        tokens
+            Token batch.
+        layer
+            Layer, counted from the end if negative.
+        kind
+            ``"encoder"``: weights among the tokens of each cell. ``"decoder"``: weights among chosen positions, each
+            row being part of a distribution over all positions (its sum is 1 when all are chosen).
+        genes
+            Names or ids of genes; ids can be ``config.target_id`` and ``config.source_id`` too. For the encoder, all
+            tokens in their order by default, zero at padding; NaN where a cell has no such token. The decoder needs
+            them.
+        average_heads
+            Mean over heads.
+        """
+        places = None if genes is None else self._positions(genes, self.config.n_positions)
+        return attention_map(self.module, tokens, layer, kind=kind, places=places, average_heads=average_heads)
 
     def _pretraining_loss(self, tokens: TokenBatch, generator: torch.Generator | None, **options: Any) -> Any:
         from .objective import read_depth_aware_loss
@@ -286,17 +313,21 @@ class SCFoundationBackbone(Backbone):
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
-    def _positions(self, genes: Sequence[int] | np.ndarray | Tensor | None) -> Tensor:
+    def _positions(self, genes: Genes | None, n_positions: int | None = None) -> Tensor:
+        """Position ids of genes given by name or id; all genes by default."""
+        n_positions = self.config.n_genes if n_positions is None else n_positions
         if genes is None:
-            return torch.arange(self.config.n_genes, device=self.device)
-        positions = torch.as_tensor(np.asarray(genes), device=self.device)
-        if positions.is_floating_point() or positions.ndim != 1:
-            msg = "genes must be a list of vocabulary ids; use backbone.vocab.get_ids(names) to get them from names"
+            return torch.arange(n_positions, device=self.device)
+        ids = genes.cpu().numpy() if isinstance(genes, torch.Tensor) else np.asarray(genes)
+        if ids.ndim == 1 and ids.dtype.kind in "UOT":
+            ids = np.array([self.vocab[name] for name in ids], dtype=np.int64)
+        if ids.ndim != 1 or (ids.dtype.kind not in "iu" and len(ids)):
+            msg = "genes must be a list of gene names or of vocabulary ids"
             raise ValueError(msg)
-        if positions.numel() and (positions.min() < 0 or positions.max() >= self.config.n_genes):
-            msg = f"gene ids must lie between 0 and {self.config.n_genes - 1}"
+        if len(ids) and (ids.min() < 0 or ids.max() >= n_positions):
+            msg = f"gene ids must lie between 0 and {n_positions - 1}"
             raise ValueError(msg)
-        return positions.long()
+        return torch.as_tensor(ids.astype(np.int64), device=self.device)
 
     def _decode(
         self, tokens: TokenBatch, positions: Tensor, key_max: str, shape: tuple[int, ...], finish: Any

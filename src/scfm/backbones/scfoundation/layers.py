@@ -27,14 +27,16 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # numbers in the widest tensor of one step: on a CPU it should stay in the caches, elsewhere launches should be few
-_CPU_STEP = {"transformer": 6 << 20, "performer": 1 << 20}
+_STEP_PER_THREAD = {"transformer": 3 << 20, "performer": 1 << 20}
 _ACCELERATOR_STEP = 1 << 27
+_MIN_TOKENS = 64
 
 
 def _step(x: Tensor, kind: str, width: int) -> int:
     """Tokens in one step when the widest tensor has ``width`` numbers for each."""
-    numbers = _CPU_STEP[kind] if x.device.type == "cpu" else _ACCELERATOR_STEP
-    return max(64, numbers // width // 64 * 64)
+    on_cpu = x.device.type == "cpu"
+    numbers = _STEP_PER_THREAD[kind] * torch.get_num_threads() if on_cpu else _ACCELERATOR_STEP
+    return max(_MIN_TOKENS, numbers // width // 64 * 64)
 
 
 class TransformerLayer(nn.Module):
@@ -56,7 +58,7 @@ class TransformerLayer(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each ``(tokens, heads, dim / heads)``."""
-        return self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)
+        return self.qkv(x).unflatten(1, (3, self.heads, -1)).unbind(1)
 
     def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         """Apply the layer to ``x`` of shape ``(tokens, dim)``."""

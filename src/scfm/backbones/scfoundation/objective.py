@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -239,7 +240,7 @@ def read_depth_aware_loss(
     tokens: TokenBatch,
     generator: torch.Generator | None = None,
     *,
-    down_sampling: DownSampling | None = None,
+    down_sampling: DownSampling | Mapping[str, float] | None = None,
     mask_only: bool = False,
     draws: Draws | None = None,
     key_max: KeyMax = "cell",
@@ -259,7 +260,7 @@ def read_depth_aware_loss(
     generator
         Source of randomness, on the CPU.
     down_sampling
-        Constants of the down-sampling.
+        Constants of the down-sampling, also as a mapping.
     mask_only
         Show the mask value at all masked genes, instead of a random or the true value at some.
     draws
@@ -279,6 +280,8 @@ def read_depth_aware_loss(
     if tokens.valid is not None and not bool(tokens.valid.all()):
         tokens = tokens.select(torch.nonzero(tokens.valid).squeeze(1))
     raw = raw_counts(tokens, backbone.config)
+    if isinstance(down_sampling, Mapping):
+        down_sampling = DownSampling(**down_sampling)
     if draws is None:
         draws = draw(raw, backbone.config, generator, down_sampling=down_sampling, mask_only=mask_only)
     if redraw_every is not None:

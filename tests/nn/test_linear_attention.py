@@ -184,6 +184,13 @@ def test_bfloat16_input_is_accumulated_in_float32(qkv, projection):
     torch.testing.assert_close(pieces.float(), exact, rtol=1e-2, atol=1e-2)
 
 
+def test_mixed_precision_training_keeps_the_exponents_exact(qkv, projection):
+    q, k, v = (x.float() for x in qkv)
+    expected = favor_attention(q, k, v, projection.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(favor_attention(q, k, v, projection.float()), expected)
+
+
 def test_unknown_convention_is_named(qkv, projection):
     with pytest.raises(ValueError, match="key_max must be one of cell, batch, head"):
         favor_attention(*qkv, projection, key_max="token")

@@ -132,11 +132,13 @@ def favor_attention(
     --------
     KeySums : the same in pieces, for inference over long sequences.
     """
-    phi_q = query_features(q, projection)
-    phi_k = key_features(k, projection, key_max=key_max, padding=padding)
-    context = phi_k.transpose(-1, -2) @ v.to(phi_k.dtype)
-    share = phi_q @ phi_k.sum(-2).unsqueeze(-1)
-    return ((phi_q @ context) / share).to(v.dtype)
+    # mixed-precision training must not make the exponents of the features in bfloat16
+    with torch.autocast(q.device.type, enabled=False):
+        phi_q = query_features(q, projection)
+        phi_k = key_features(k, projection, key_max=key_max, padding=padding)
+        context = phi_k.transpose(-1, -2) @ v.to(phi_k.dtype)
+        share = phi_q @ phi_k.sum(-2).unsqueeze(-1)
+        return ((phi_q @ context) / share).to(v.dtype)
 
 
 class _Scratch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,12 +14,6 @@ if TYPE_CHECKING:
 # block sizes at which the scores of one step stay in the cache
 _QUERY_BLOCK = 512
 _SCORE_BLOCK = 1 << 22
-
-
-@cache
-def _cpu_has_amx() -> bool:
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(probe and probe())
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None, dropout: float = 0.0) -> Tensor:
@@ -40,9 +33,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None, dropo
     Tensor of the shape of ``q``.
     """
     mask = None if padding is None else ~padding[:, None, None, :]
-    # torch's fused CPU kernel runs reduced precision at float32 speed unless the CPU has AMX; matrix products do not
+    # torch's fused CPU kernel gains little or nothing from reduced precision; its matrix products and softmax do
     reduced = q.dtype in (torch.bfloat16, torch.float16)
-    if reduced and q.device.type == "cpu" and not dropout and not torch.is_grad_enabled() and not _cpu_has_amx():
+    if reduced and q.device.type == "cpu" and not dropout and not torch.is_grad_enabled():
         return _attend_chunked(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 

@@ -109,7 +109,22 @@ def test_each_weight_set_is_read_by_its_name(folder, container):
 
 def test_a_missing_weight_set_names_those_that_exist(folder):
     with pytest.raises(scfm.CheckpointError, match="choose one of 'gene'"):
-        scfm.load(folder())
+        scfm.load(folder(), weights="rde")
+
+
+def test_the_only_weight_set_of_a_file_is_taken(folder):
+    assert scfm.load(folder()).provenance.weights == "gene"
+
+
+def test_gene_outputs_of_other_weights_warn_once(folder, container, capsys):
+    container["cell"] = container["gene"]
+    for weights, n_warnings in (("cell", 1), ("gene", 0)):
+        backbone = scfm.load(folder(container), weights=weights)
+        tokens = backbone.batch(torch.rand(2, backbone.config.n_positions).double())
+        capsys.readouterr()
+        backbone.gene_states(tokens)
+        backbone.reconstruct(tokens)
+        assert capsys.readouterr().err.count("weights='gene'") == n_warnings
 
 
 def test_performer_files_of_newer_versions(folder, container):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import torch
 
+from ... import _logging
 from ...genes import GeneMatch
 from .._base import Backbone, Checkpoint
 from .._tokens import TokenBatch
@@ -51,6 +52,7 @@ class SCFoundationBackbone(Backbone):
     poolings: ClassVar[tuple[str, ...]] = POOLINGS
     module: SCFoundation
     config: SCFoundationConfig
+    _told_about_weights: bool = False
 
     # -- building ----------------------------------------------------------------------------------------------------
 
@@ -333,6 +335,12 @@ class SCFoundationBackbone(Backbone):
         self, tokens: TokenBatch, positions: Tensor, key_max: str, shape: tuple[int, ...], finish: Any
     ) -> Tensor:
         """Decoder output of all cells, NaN for cells that are not valid."""
+        if self.provenance.weights in ("cell", "rde") and not self._told_about_weights:
+            _logging.warning(
+                f"the authors take the weights 'gene' for gene states and expression; these are {self.provenance.weights!r} "
+                "(scfm.load(..., weights='gene'))"
+            )
+            self._told_about_weights = True
         kind = torch.promote_types(self.dtype, torch.float32)
         out = torch.full((len(tokens), *shape), torch.nan, dtype=kind, device=self.device)
         usable = tokens.lengths > 0 if tokens.valid is None else tokens.valid

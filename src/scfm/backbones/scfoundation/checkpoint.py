@@ -96,7 +96,7 @@ def read_container(path: Path) -> dict[str, Any]:
 def read(
     directory: Path,
     *,
-    weights: str = "cell",
+    weights: str | None = None,
     genes: Sequence[str] | np.ndarray | GeneVocab | str | Path | None = None,
 ) -> Checkpoint:
     """Read one set of weights of an official container.
@@ -107,7 +107,8 @@ def read(
         Folder with ``models.ckpt`` (or with a subfolder ``models`` that has it), or the file itself.
     weights
         ``"cell"`` for cell embeddings, ``"rde"`` for read-depth enhancement (a nearby step of the same run), or
-        ``"gene"`` for everything that involves genes (the step with the lowest pre-training error).
+        ``"gene"`` for everything that involves genes (the step with the lowest pre-training error). By default
+        ``"cell"``, or the only set of a file that holds a single one.
     genes
         Gene names in the order of the model, or the path of a table with a column ``gene_name``. By default
         ``OS_scRNA_gene_index.19264.tsv`` beside the container, in the folder above, or in the ``scfoundation`` folder
@@ -126,8 +127,11 @@ def read(
         msg = f"no {CONTAINER} in {directory} or in a folder 'models' below it"
         raise FileNotFoundError(msg)
     content = read_container(path)
+    present = [name for name in WEIGHTS if name in content]
+    if weights is None:
+        weights = "cell" if len(present) > 1 else present[0]
     if weights not in content:
-        there = ", ".join(repr(name) for name in WEIGHTS if name in content)
+        there = ", ".join(map(repr, present))
         msg = f"{path} has no weights {weights!r}; choose one of {there} with weights="
         raise CheckpointError(msg)
     part = content[weights]

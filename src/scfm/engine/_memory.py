@@ -14,7 +14,7 @@ from ._plan import Limits
 if TYPE_CHECKING:
     from ..data import CellSource
 
-_TOKENS_CPU = 4096
+_TOKENS_CPU = 2048
 _TOKENS_MPS = 16384
 _TOKENS_CUDA = 131072
 _TOKENS_CUDA_NEED = 16 * 2**30

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # block sizes at which the scores of one step stay in the cache
-_QUERY_BLOCK = 512
+_QUERY_BLOCK = 256
 _SCORE_BLOCK = 1 << 22
 
 
@@ -41,28 +41,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None, dropo
 
 
 def _attend_chunked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Matrix products with an explicit softmax over a block of heads and queries at a time."""
+    """Matrix products with an explicit softmax over a block of heads and queries of one cell at a time."""
     cells, heads, queries, dim = q.shape
     length = k.shape[2]
-    q = (q * dim**-0.5).reshape(cells * heads, queries, dim)
-    keys = k.reshape(cells * heads, length, dim).transpose(1, 2)
-    values = v.reshape(cells * heads, length, dim)
-    step = min(queries, _QUERY_BLOCK)
+    n_steps = max(1, -(-queries // _QUERY_BLOCK))
+    step = max(1, -(-queries // n_steps))
     block = max(1, min(heads, _SCORE_BLOCK // (step * length)))
     # one buffer for all blocks: fresh memory of this size costs more in page faults than the product itself
-    buffer = torch.empty(block, step, length, dtype=q.dtype)
-    out = torch.empty_like(q)
-    for first in range(0, cells * heads, block):
-        group = slice(first, min(first + block, cells * heads))
-        hidden = None if mask is None else ~mask[torch.arange(group.start, group.stop) // heads, 0]
-        for start in range(0, queries, step):
-            rows = slice(start, min(start + step, queries))
-            scores = buffer[: group.stop - group.start, : rows.stop - rows.start]
-            torch.bmm(q[group, rows], keys[group], out=scores)
-            if hidden is not None:
-                scores.masked_fill_(hidden, -math.inf)
-            out[group, rows] = torch.bmm(torch.softmax(scores, -1, out=scores), values[group])
-    return out.view(cells, heads, queries, dim)
+    buffer = torch.empty(block * step * length, dtype=q.dtype)
+    # laid out as the output projection reads it
+    out = torch.empty(cells, queries, heads, dim, dtype=q.dtype)
+    for cell in range(cells):
+        scaled, keys, values = (q[cell] * dim**-0.5).contiguous(), k[cell].contiguous(), v[cell].contiguous()
+        hidden = None if mask is None else ~mask[cell]
+        target = out[cell].transpose(0, 1)
+        for first in range(0, heads, block):
+            group = slice(first, min(first + block, heads))
+            for start in range(0, queries, step):
+                rows = slice(start, min(start + step, queries))
+                shape = (group.stop - group.start, rows.stop - rows.start, length)
+                scores = buffer[: math.prod(shape)].view(shape)
+                torch.bmm(scaled[group, rows], keys[group].transpose(1, 2), out=scores)
+                if hidden is not None:
+                    scores.masked_fill_(hidden, -math.inf)
+                target[group, rows] = torch.bmm(torch.softmax(scores, -1, out=scores), values[group])
+    return out.transpose(1, 2)
 
 
 def attend_with_self(q: Tensor, k: Tensor, v: Tensor, k_self: Tensor, v_self: Tensor, padding: Tensor | None) -> Tensor:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import torch
 
 from ... import _logging
 from ..._errors import CheckpointError
 from ..._settings import settings
+from ...checkpoints import torch_file
 from ...checkpoints.convert import KeyRule, rename
 from ...genes import GeneVocab
 from .._base import Checkpoint
@@ -74,19 +73,7 @@ def recognizes(directory: Path) -> bool:
 
 def read_container(path: Path) -> dict[str, Any]:
     """All weight sets of a container, memory-mapped, without executing code from it."""
-    try:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):  # files in the format before torch 1.6 cannot be mapped
-                raise
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        msg = (
-            f"{path} is damaged, incomplete or holds more than tensors and plain values ({type(error).__name__}); "
-            "fetch it again"
-        )
-        raise CheckpointError(msg) from error
+    content = torch_file.read(path)
     if not isinstance(content, dict) or not set(WEIGHTS) & content.keys():
         msg = f"{path} is no scFoundation container: it has none of the weight sets {', '.join(WEIGHTS)}"
         raise CheckpointError(msg)

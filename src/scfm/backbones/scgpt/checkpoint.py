@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import pickle
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..._errors import CheckpointError
+from ...checkpoints import torch_file
 from ...checkpoints.convert import KeyRule, rename
 from ...genes import GeneVocab
 from .._base import Checkpoint
@@ -67,18 +67,7 @@ def recognizes(path: Path) -> bool:
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """Read a ``.pt`` file as tensors, memory-mapped where the file allows it, without executing code from it."""
-    try:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        msg = f"{path} is damaged, incomplete or not a file of plain tensors ({type(error).__name__}); fetch it again"
-        raise CheckpointError(msg) from error
+    state = torch_file.read(path)
     for wrapper in ("model_state_dict", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._base import Backbone, Checkpoint, Provenance, backbone_class, backbone_kinds
+from ._base import Backbone, Checkpoint, GeneRows, Provenance, backbone_class, backbone_kinds
 from ._build import from_config, random_copy
 from ._load import load, load_vocab
 from ._tokens import TokenBatch
@@ -10,6 +10,7 @@ from ._tokens import TokenBatch
 __all__ = [
     "Backbone",
     "Checkpoint",
+    "GeneRows",
     "Provenance",
     "TokenBatch",
     "backbone_class",

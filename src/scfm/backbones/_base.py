@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+import numpy as np
 import torch
 
 from .._errors import UnsupportedError
 from .._settings import Precision, settings
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    import numpy as np
     from scipy.sparse import csr_matrix
     from torch import Tensor, nn
 
     from ..checkpoints.convert import LoadReport
     from ..genes import GeneMatch, GeneVocab
     from ._tokens import TokenBatch
+
+    Genes = Sequence[str] | Sequence[int] | np.ndarray | Tensor
 
 CAPABILITIES = {
     "embeds": "cell embeddings",
@@ -67,6 +69,25 @@ class Checkpoint:
     file: str = ""
 
 
+@dataclass(frozen=True)
+class GeneRows:
+    """Something about genes of some cells, one row for each pair of cell and gene.
+
+    Parameters
+    ----------
+    cells
+        Number of the cell in its token batch, shape ``(rows,)``.
+    genes
+        Vocabulary id of the gene, shape ``(rows,)``.
+    values
+        What is known about the pair, shape ``(rows,)`` or ``(rows, dim)``.
+    """
+
+    cells: Tensor
+    genes: Tensor
+    values: Tensor
+
+
 class Backbone(ABC):
     """A foundation model ready for inference.
 
@@ -91,6 +112,7 @@ class Backbone(ABC):
     capabilities: ClassVar[frozenset[str]]
     poolings: ClassVar[tuple[str, ...]]
     specials: ClassVar[tuple[str, ...]] = ()
+    expression_scale: ClassVar[str] = ""
 
     def __init__(
         self,
@@ -149,8 +171,12 @@ class Backbone(ABC):
         """Build a token batch from arrays for people who tokenise themselves."""
 
     @abstractmethod
-    def embedding_dim(self, pooling: str | None = None) -> int:
-        """Width of :meth:`embed`."""
+    def embedding_dim(self, pooling: str | None = None, **options: Any) -> int:
+        """Width of :meth:`embed` with the same pooling and options."""
+
+    def pooling_options(self, pooling: str, match: GeneMatch) -> dict[str, Any]:
+        """Options of :meth:`embed` for poolings whose result depends on the genes of the data."""
+        return {}
 
     def tokenize_for_training(
         self, counts: csr_matrix, genes: Sequence[str] | np.ndarray | GeneMatch, generator: torch.Generator
@@ -174,7 +200,9 @@ class Backbone(ABC):
     def _embed(self, tokens: TokenBatch, pooling: str, **options: Any) -> Tensor: ...  # noqa: B027
     def _gene_embeddings(self) -> Tensor: ...  # noqa: B027
     def _gene_states(self, tokens: TokenBatch, **options: Any) -> Any: ...  # noqa: B027
+    def _iter_gene_states(self, tokens: TokenBatch, genes: Tensor | None) -> Iterator[GeneRows]: ...  # noqa: B027
     def _reconstruct(self, tokens: TokenBatch, **options: Any) -> Tensor: ...  # noqa: B027
+    def _iter_reconstruction(self, tokens: TokenBatch, genes: Tensor | None) -> Iterator[GeneRows]: ...  # noqa: B027
     def _attention(self, tokens: TokenBatch, layer: int, **options: Any) -> Tensor: ...  # noqa: B027
     def _pretraining_loss(self, tokens: TokenBatch, generator: torch.Generator, **options: Any) -> Any: ...  # noqa: B027
 
@@ -226,7 +254,8 @@ class Backbone(ABC):
         """Cell embeddings, float32, shape ``(cells, dim)``; NaN rows for cells without any usable token."""
         self.require("embeds")
         pooling = self.check_pooling(pooling)
-        return self._with_nan(tokens, lambda valid: self._embed(valid, pooling, **options), self.embedding_dim(pooling))
+        dim = self.embedding_dim(pooling, **options)
+        return self._with_nan(tokens, lambda valid: self._embed(valid, pooling, **options), dim)
 
     @torch.inference_mode()
     def gene_embeddings(self) -> Tensor:
@@ -239,6 +268,83 @@ class Backbone(ABC):
         """Contextual gene embeddings; see the documentation of the model for the shape."""
         self.require("gene_states")
         return self._gene_states(tokens.to(self.device), **options)
+
+    @property
+    def gene_state_dim(self) -> int:
+        """Width of contextual gene embeddings; override it where they are not as wide as the static ones."""
+        return self.gene_embeddings().shape[1]
+
+    @torch.inference_mode()
+    def iter_gene_states(self, tokens: TokenBatch, genes: Genes | None = None) -> Iterator[GeneRows]:
+        """Contextual gene embeddings a few cells at a time, in one form for all models.
+
+        Parameters
+        ----------
+        tokens
+            Token batch.
+        genes
+            Names or vocabulary ids of the wanted genes; all by default.
+
+        Yields
+        ------
+        Rows of width :attr:`gene_state_dim` for the genes of a cell that the model has a state of. Which these are
+        depends on the model: those expressed, or all. Cells that are not valid have none.
+        """
+        self.require("gene_states")
+        tokens, rows = self._usable(tokens.to(self.device))
+        if len(tokens):
+            yield from _renumbered(self._iter_gene_states(tokens, self.gene_ids(genes)), rows)
+
+    @torch.inference_mode()
+    def iter_reconstruction(self, tokens: TokenBatch, genes: Genes | None = None) -> Iterator[GeneRows]:
+        """Predicted expression a few cells at a time, in one form for all models.
+
+        Parameters
+        ----------
+        tokens
+            Token batch.
+        genes
+            Names or vocabulary ids of genes to predict in every cell; by default the expressed genes of each cell.
+
+        Yields
+        ------
+        One number per row, on the scale that ``expression_scale`` names. Cells that are not valid have no rows.
+        """
+        self.require("reconstructs")
+        tokens, rows = self._usable(tokens.to(self.device))
+        if len(tokens):
+            yield from _renumbered(self._iter_reconstruction(tokens, self.gene_ids(genes)), rows)
+
+    def gene_ids(self, genes: Genes | None, n_ids: int | None = None) -> Tensor | None:
+        """Vocabulary ids of genes given by name or id, on the device of the model; ``None`` stays ``None``.
+
+        Parameters
+        ----------
+        genes
+            Names or ids.
+        n_ids
+            Ids have to be smaller than this, by default the size of the vocabulary.
+
+        Raises
+        ------
+        KeyError
+            If a name is not in the vocabulary.
+        ValueError
+            If ids are out of range, or ``genes`` is no list of names or ids.
+        """
+        if genes is None:
+            return None
+        n_ids = len(self.vocab) if n_ids is None else n_ids
+        ids = genes.cpu().numpy() if isinstance(genes, torch.Tensor) else np.asarray(genes)
+        if ids.ndim == 1 and ids.dtype.kind in "UOT":
+            ids = np.array([self.vocab[name] for name in ids], dtype=np.int64)
+        if ids.ndim != 1 or (ids.dtype.kind not in "iu" and len(ids)):
+            msg = "genes must be a list of gene names or of vocabulary ids"
+            raise ValueError(msg)
+        if len(ids) and (ids.min() < 0 or ids.max() >= n_ids):
+            msg = f"gene ids must lie between 0 and {n_ids - 1}"
+            raise ValueError(msg)
+        return torch.as_tensor(ids.astype(np.int64), device=self.device)
 
     @torch.inference_mode()
     def reconstruct(self, tokens: TokenBatch, **options: Any) -> Any:
@@ -263,14 +369,22 @@ class Backbone(ABC):
 
         return store.save_backbone(self, path, overwrite=overwrite)
 
+    @staticmethod
+    def _usable(tokens: TokenBatch) -> tuple[TokenBatch, Tensor | None]:
+        """The valid cells, and their numbers unless they are all."""
+        if tokens.valid is None or bool(tokens.valid.all()):
+            return tokens, None
+        rows = torch.nonzero(tokens.valid).squeeze(1)
+        return tokens.select(rows.cpu()), rows
+
     def _with_nan(self, tokens: TokenBatch, run: Any, dim: int) -> Tensor:
         tokens = tokens.to(self.device)
-        if tokens.valid is None or bool(tokens.valid.all()):
+        usable, rows = self._usable(tokens)
+        if rows is None:
             return run(tokens).float() if len(tokens) else torch.empty(0, dim, device=self.device)
-        rows = torch.nonzero(tokens.valid).squeeze(1)
         out = torch.full((len(tokens), dim), torch.nan, device=self.device)
-        if rows.numel():
-            out[rows] = run(tokens.select(rows.cpu())).float()
+        if len(usable):
+            out[rows] = run(usable).float()
         return out
 
     def __repr__(self) -> str:
@@ -278,6 +392,11 @@ class Backbone(ABC):
             f"{type(self).__name__}({self.name!r}: {self.n_parameters / 1e6:.1f} M parameters, "
             f"{len(self.vocab):,} vocabulary entries, {self.dtype}, {self.device})".replace("torch.", "")
         )
+
+
+def _renumbered(parts: Iterator[GeneRows], rows: Tensor | None) -> Iterator[GeneRows]:
+    for part in parts:
+        yield part if rows is None else replace(part, cells=rows[part.cells])
 
 
 def _can(kind: str, capability: str) -> bool:

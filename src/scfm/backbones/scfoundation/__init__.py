@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
     from ...genes import GeneVocab
     from ...nn.linear_attention import KeyMax
-
-    Genes = Sequence[str] | Sequence[int] | np.ndarray | Tensor
+    from .._base import Genes
 
 __all__ = ["PRESETS", "SCFoundation", "SCFoundationBackbone", "SCFoundationConfig"]
 
@@ -84,7 +83,7 @@ class SCFoundationBackbone(Backbone):
             raise ValueError(msg)
         return SCFoundation(config)
 
-    def embedding_dim(self, pooling: str | None = None) -> int:
+    def embedding_dim(self, pooling: str | None = None, **options: Any) -> int:
         """Width of the cell embedding: four times the encoder's for ``"all"``, else once."""
         return self.config.encoder_dim * (4 if self.check_pooling(pooling) == "all" else 1)
 
@@ -305,7 +304,7 @@ class SCFoundationBackbone(Backbone):
         average_heads
             Mean over heads.
         """
-        places = None if genes is None else self._positions(genes, self.config.n_positions)
+        places = self.gene_ids(genes, self.config.n_positions)
         return attention_map(self.module, tokens, layer, kind=kind, places=places, average_heads=average_heads)
 
     def _pretraining_loss(self, tokens: TokenBatch, generator: torch.Generator | None, **options: Any) -> Any:
@@ -315,21 +314,10 @@ class SCFoundationBackbone(Backbone):
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
-    def _positions(self, genes: Genes | None, n_positions: int | None = None) -> Tensor:
+    def _positions(self, genes: Genes | None) -> Tensor:
         """Position ids of genes given by name or id; all genes by default."""
-        n_positions = self.config.n_genes if n_positions is None else n_positions
-        if genes is None:
-            return torch.arange(n_positions, device=self.device)
-        ids = genes.cpu().numpy() if isinstance(genes, torch.Tensor) else np.asarray(genes)
-        if ids.ndim == 1 and ids.dtype.kind in "UOT":
-            ids = np.array([self.vocab[name] for name in ids], dtype=np.int64)
-        if ids.ndim != 1 or (ids.dtype.kind not in "iu" and len(ids)):
-            msg = "genes must be a list of gene names or of vocabulary ids"
-            raise ValueError(msg)
-        if len(ids) and (ids.min() < 0 or ids.max() >= n_positions):
-            msg = f"gene ids must lie between 0 and {n_positions - 1}"
-            raise ValueError(msg)
-        return torch.as_tensor(ids.astype(np.int64), device=self.device)
+        ids = self.gene_ids(genes)
+        return torch.arange(self.config.n_genes, device=self.device) if ids is None else ids
 
     def _decode(
         self, tokens: TokenBatch, positions: Tensor, key_max: str, shape: tuple[int, ...], finish: Any

@@ -119,7 +119,7 @@ class SCGPTBackbone(Backbone):
         """Id of the cell token."""
         return self.vocab[self.config.cls_token]
 
-    def embedding_dim(self, pooling: str | None = None) -> int:
+    def embedding_dim(self, pooling: str | None = None, **options: Any) -> int:
         """Width of the cell embedding (the same for each pooling)."""
         self.check_pooling(pooling)
         return self.config.dim

@@ -23,6 +23,7 @@ from scfm.backbones.scgpt.objective import (
     split_prompt,
 )
 from scfm.backbones.scgpt.tokenizer import bin_values
+from scfm.nn.ranks import rank_normalize
 
 FLOAT32 = {"atol": 2e-4, "rtol": 1e-4}
 FLOAT64 = {"atol": 1e-9, "rtol": 0}
@@ -414,9 +415,13 @@ def test_attention_scores_and_their_ranks(golden):
     softmax = backbone.attention(tokens, average_heads=False)
     close(softmax[0], data.expected["softmax_attn_cell0"], atol=2e-4)
     close(backbone.attention(tokens), softmax.mean(1), atol=1e-6)
-    length = raw.shape[-1]
-    by_row = raw.argsort(-1).argsort(-1) / length
-    np.testing.assert_allclose(by_row[0], data.expected["row_rank_cell0"], atol=1e-6)
+    np.testing.assert_allclose(rank_normalize(raw)[0], data.expected["row_rank_cell0"], atol=1e-6)
+    ranked = backbone.attention(tokens, rank=True)
+    np.testing.assert_allclose(ranked, data.expected["rank_normed_cells"], atol=1e-6)
+    some = torch.tensor(data.input["genes"][0, [3, 1]])
+    np.testing.assert_array_equal(
+        backbone.attention(tokens, rank=True, genes=some)[0], ranked[0][[3, 1]][:, [3, 1]]
+    )
 
 
 def test_class_logits_of_a_fine_tuned_file(golden):

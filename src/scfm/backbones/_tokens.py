@@ -66,6 +66,11 @@ class TokenBatch:
         """Number of tokens of each cell, shape ``(cells,)``."""
         return torch.diff(self.offsets)
 
+    @cached_property
+    def flat_cells(self) -> Tensor:
+        """Number of the cell that each token belongs to, shape ``(tokens,)``."""
+        return torch.repeat_interleave(torch.arange(len(self), device=self.device), self.lengths)
+
     @property
     def max_length(self) -> int:
         """Length of the longest cell."""

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from ._options import accepted_options, check_options
 from ._plan import Limits, plan_batches
-from ._run import Result, run
+from ._run import Result, run, visit
 
-__all__ = ["Limits", "Result", "accepted_options", "check_options", "plan_batches", "run"]
+__all__ = ["Limits", "Result", "accepted_options", "check_options", "plan_batches", "run", "visit"]

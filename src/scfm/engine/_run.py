@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from ..genes import GeneMatch
 
     Compute = Callable[[Backbone, TokenBatch], Tensor]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,7 @@ def run(
         If ``out`` holds a result of another run, or a size is not positive.
     """
     limits = choose_limits(backbone.device, batch_size, tokens_per_batch)
-    if block_size is None:
-        block_size = choose_block_size(source, shape)
-    elif block_size < 1:
-        msg = f"block_size must be a positive whole number; got {block_size!r}"
-        raise ValueError(msg)
+    block_size = _block_size(block_size, source, shape)
     options = dict(options or {})
     whole = (source.n_obs, *shape)
     writer: Writer
@@ -124,22 +123,111 @@ def run(
         writer = ZarrWriter(out, whole, block_size, identity, overwrite=overwrite)
 
     starts = [start for start in range(0, source.n_obs, writer.block_size) if start not in writer.done]
-    if starts and type(backbone).prepare is not Backbone.prepare:
-        blocks = _checked(source.blocks(writer.block_size), check)
-        options = backbone.prepare((block.counts for block in blocks), match, options)
     n_left = sum(min(writer.block_size, source.n_obs - start) for start in starts)
     if n_left < source.n_obs:
         _logging.info(f"    {source.n_obs - n_left:,} of {source.n_obs:,} cells are finished already in {out}")
-
-    tokenised = _tokenised(backbone, _checked(source.blocks(writer.block_size, starts=starts), check), match, options)
-    with (
-        progress_bar(source.n_obs, done=source.n_obs - n_left, label=backbone.name, show=progress) as bar,
-        closing(prefetch(tokenised)) as ahead,
-    ):
+    blocks = _Blocks(backbone, source, match, options, check, writer.block_size, starts)
+    with blocks.tokenised(done=source.n_obs - n_left, progress=progress) as (ahead, advance):
         for start, tokens in ahead:
-            values, n_empty, limits = _compute_block(backbone, compute, tokens, shape, limits, bar.update)
-            writer.write(start, values, n_empty)
+            values = np.full((len(tokens), *shape), np.nan, dtype=np.float32)
+            limits = _compute_block(backbone, compute, tokens, limits, partial(_store, values), advance)
+            writer.write(start, values, _n_empty(tokens))
     return Result(writer.array, sum(writer.done.values()))
+
+
+def visit(
+    backbone: Backbone,
+    source: CellSource,
+    match: GeneMatch,
+    compute: Callable[[Backbone, TokenBatch], T],
+    consume: Callable[[NDArray[np.intp], T], object],
+    *,
+    options: Mapping[str, Any] | None = None,
+    check: Callable[[Block], None] | None = None,
+    batch_size: int | None = None,
+    tokens_per_batch: int | None = None,
+    block_size: int | None = None,
+    progress: bool | None = None,
+) -> int:
+    """Compute something for batches of cells and hand it over, for results that are no array with a row per cell.
+
+    Parameters
+    ----------
+    backbone, source, match, options, check, batch_size, tokens_per_batch, block_size, progress
+        As in :func:`run`.
+    compute
+        Called with the backbone and a token batch; called again with fewer cells when memory runs out.
+    consume
+        Called once for every cell that has tokens, a batch at a time in no particular order, with the numbers of the
+        cells in the source and what ``compute`` returned for them.
+
+    Returns
+    -------
+    Number of cells without any token that the model can use.
+
+    Raises
+    ------
+    MemoryError
+        If not even one cell fits into memory.
+    ValueError
+        If a size is not positive.
+    """
+    limits = choose_limits(backbone.device, batch_size, tokens_per_batch)
+    block_size = _block_size(block_size, source, ())
+    n_empty = 0
+    starts = range(0, source.n_obs, block_size)
+    blocks = _Blocks(backbone, source, match, dict(options or {}), check, block_size, starts)
+    with blocks.tokenised(progress=progress) as (ahead, advance):
+        for start, tokens in ahead:
+            handed = lambda cells, result, start=start: consume(start + cells, result)
+            limits = _compute_block(backbone, compute, tokens, limits, handed, advance)
+            n_empty += _n_empty(tokens)
+    return n_empty
+
+
+def _block_size(block_size: int | None, source: CellSource, shape: tuple[int, ...]) -> int:
+    if block_size is None:
+        return choose_block_size(source, shape)
+    if block_size < 1:
+        msg = f"block_size must be a positive whole number; got {block_size!r}"
+        raise ValueError(msg)
+    return block_size
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Blocks of a source that are left to do."""
+
+    backbone: Backbone
+    source: CellSource
+    match: GeneMatch
+    options: Mapping[str, Any]
+    check: Callable[[Block], None] | None
+    size: int
+    starts: Sequence[int]
+
+    @contextmanager
+    def tokenised(
+        self, *, done: int = 0, progress: bool | None = None
+    ) -> Iterator[tuple[Iterator[tuple[int, TokenBatch]], Callable[[int], object]]]:
+        """First cell and tokens of each block, made ahead in a thread, and what moves the progress bar."""
+        backbone, options = self.backbone, self.options
+        if self.starts and type(backbone).prepare is not Backbone.prepare:
+            blocks = _checked(self.source.blocks(self.size), self.check)
+            options = backbone.prepare((block.counts for block in blocks), self.match, dict(options))
+        blocks = _checked(self.source.blocks(self.size, starts=self.starts), self.check)
+        tokens = (
+            (
+                block.start,
+                backbone.tokenize(block.counts, self.match, **options_for(options, block.start, block.stop)),
+            )
+            for block in blocks
+        )
+        with (
+            progress_bar(self.source.n_obs, done=done, label=backbone.name, show=progress) as bar,
+            closing(prefetch(tokens)) as ahead,
+        ):
+            yield ahead, bar.update
 
 
 def _checked(blocks: Iterator[Block], check: Callable[[Block], None] | None) -> Iterator[Block]:
@@ -149,30 +237,26 @@ def _checked(blocks: Iterator[Block], check: Callable[[Block], None] | None) -> 
         yield block
 
 
-def _tokenised(
-    backbone: Backbone, blocks: Iterator[Block], match: GeneMatch, options: Mapping[str, Any]
-) -> Iterator[tuple[int, TokenBatch]]:
-    for block in blocks:
-        yield block.start, backbone.tokenize(block.counts, match, **options_for(options, block.start, block.stop))
+def _n_empty(tokens: TokenBatch) -> int:
+    return 0 if tokens.valid is None else int((~tokens.valid).sum())
 
 
 def _compute_block(
     backbone: Backbone,
-    compute: Compute,
+    compute: Callable[[Backbone, TokenBatch], T],
     tokens: TokenBatch,
-    shape: tuple[int, ...],
     limits: Limits,
+    consume: Callable[[NDArray[np.intp], T], object],
     advance: Callable[[int], object],
-) -> tuple[NDArray[np.float32], int, Limits]:
-    """Results of one block, the number of empty cells, and the limits, which shrink when memory runs out."""
-    values = np.full((len(tokens), *shape), np.nan, dtype=np.float32)
+) -> Limits:
+    """Compute and hand over all batches of one block; returns the limits, which shrink when memory runs out."""
     usable = np.arange(len(tokens)) if tokens.valid is None else np.flatnonzero(tokens.valid.numpy())
     lengths = tokens.lengths.numpy()
     if tokens.queries is not None:
         lengths = lengths + tokens.queries.lengths.numpy()
     advance(len(tokens) - len(usable))
 
-    waiting: tuple[NDArray[np.intp], Tensor] | None = None
+    waiting: tuple[NDArray[np.intp], T] | None = None
     todo = [usable[batch] for batch in plan_batches(lengths[usable], limits)]
     while todo:
         cells = todo.pop(0)
@@ -189,14 +273,16 @@ def _compute_block(
             continue
         # fetching waits for the device, so the next batch is queued before the last one is fetched
         if waiting is not None:
-            _fetch(values, *waiting, advance)
+            consume(*waiting)
+            advance(len(waiting[0]))
         waiting = (cells, result)
     if waiting is not None:
-        _fetch(values, *waiting, advance)
-    return values, len(tokens) - len(usable), limits
+        consume(*waiting)
+        advance(len(waiting[0]))
+    return limits
 
 
-def _attempt(backbone: Backbone, compute: Compute, tokens: TokenBatch) -> Tensor | None:
+def _attempt(backbone: Backbone, compute: Callable[[Backbone, TokenBatch], T], tokens: TokenBatch) -> T | None:
     """The result, or ``None`` if memory ran out."""
     try:
         with torch.inference_mode():
@@ -219,8 +305,5 @@ def _raise_if_alone(cells: Sequence[int], longest: int, backbone: Backbone) -> N
     raise MemoryError(msg)
 
 
-def _fetch(
-    values: NDArray[np.float32], cells: NDArray[np.intp], result: Tensor, advance: Callable[[int], object]
-) -> None:
+def _store(values: NDArray[np.float32], cells: NDArray[np.intp], result: Tensor) -> None:
     values[cells] = result.float().cpu().numpy()
-    advance(len(cells))

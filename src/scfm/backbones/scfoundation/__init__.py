@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from ... import _logging
 from ...genes import GeneMatch
-from .._base import Backbone, Checkpoint
+from .._base import Backbone, Checkpoint, GeneRows
 from .._tokens import TokenBatch
 from . import checkpoint, tokenizer
 from .attention import attention_map
@@ -49,6 +50,7 @@ class SCFoundationBackbone(Backbone):
         {"embeds", "gene_embeddings", "gene_states", "reconstructs", "attends", "enhances_depth", "pretrains"}
     )
     poolings: ClassVar[tuple[str, ...]] = POOLINGS
+    expression_scale: ClassVar[str] = "log1p of counts per 10,000 at the wanted read depth"
     module: SCFoundation
     config: SCFoundationConfig
     _told_about_weights: bool = False
@@ -248,6 +250,33 @@ class SCFoundationBackbone(Backbone):
         shape = (len(positions), self.config.decoder_dim)
         return self._decode(tokens, positions, key_max, shape, lambda states: states)
 
+    def _iter_gene_states(self, tokens: TokenBatch, genes: Tensor | None) -> Iterator[GeneRows]:
+        return self._iter_decoded(tokens, self._positions(genes), lambda states: states)
+
+    def _iter_reconstruction(self, tokens: TokenBatch, genes: Tensor | None) -> Iterator[GeneRows]:
+        if genes is not None:
+            yield from self._iter_decoded(tokens, genes, self.module.predict)
+            return
+        for i in range(len(tokens)):
+            cell = tokens.select(slice(i, i + 1))
+            expressed = cell.flat_ids[cell.flat_ids < self.config.n_genes]
+            for rows in self._iter_decoded(cell, expressed, self.module.predict):
+                yield replace(rows, cells=rows.cells + i)
+
+    def _iter_decoded(self, tokens: TokenBatch, genes: Tensor, finish: Any) -> Iterator[GeneRows]:
+        """Decoder output at the same genes of all cells, a few cells at a time."""
+        self._tell_about_weights()
+        start = 0
+        for states in self.module.decode(tokens, self.module.encode(tokens), rows=genes):
+            cells = torch.arange(start, start + len(states), device=self.device)
+            yield GeneRows(cells.repeat_interleave(len(genes)), genes.repeat(len(states)), finish(states).flatten(0, 1))
+            start += len(states)
+
+    @property
+    def gene_state_dim(self) -> int:
+        """Width of contextual gene embeddings: that of the decoder."""
+        return self.config.decoder_dim
+
     def _reconstruct(
         self,
         tokens: TokenBatch,
@@ -285,6 +314,7 @@ class SCFoundationBackbone(Backbone):
         kind: Literal["encoder", "decoder"] = "encoder",
         genes: Genes | None = None,
         average_heads: bool = True,
+        rank: bool = False,
     ) -> Tensor:
         """Attention weights of one layer, ``(cells, queries, keys)`` or ``(cells, heads, queries, keys)``, float32.
 
@@ -303,9 +333,13 @@ class SCFoundationBackbone(Backbone):
             them.
         average_heads
             Mean over heads.
+        rank
+            Replace weights by their ranks among the keys that are returned, before heads are averaged.
         """
         places = self.gene_ids(genes, self.config.n_positions)
-        return attention_map(self.module, tokens, layer, kind=kind, places=places, average_heads=average_heads)
+        return attention_map(
+            self.module, tokens, layer, kind=kind, places=places, average_heads=average_heads, rank=rank
+        )
 
     def _pretraining_loss(self, tokens: TokenBatch, generator: torch.Generator | None, **options: Any) -> Any:
         from .objective import read_depth_aware_loss
@@ -323,12 +357,7 @@ class SCFoundationBackbone(Backbone):
         self, tokens: TokenBatch, positions: Tensor, key_max: str, shape: tuple[int, ...], finish: Any
     ) -> Tensor:
         """Decoder output of all cells, NaN for cells that are not valid."""
-        if self.provenance.weights in ("cell", "rde") and not self._told_about_weights:
-            _logging.warning(
-                f"the authors take the weights 'gene' for gene states and expression; these are {self.provenance.weights!r} "
-                "(scfm.load(..., weights='gene'))"
-            )
-            self._told_about_weights = True
+        self._tell_about_weights()
         kind = torch.promote_types(self.dtype, torch.float32)
         out = torch.full((len(tokens), *shape), torch.nan, dtype=kind, device=self.device)
         usable = tokens.lengths > 0 if tokens.valid is None else tokens.valid
@@ -343,3 +372,11 @@ class SCFoundationBackbone(Backbone):
                 out[rows[start : start + len(some)]] = finish(some).to(kind)
                 start += len(some)
         return out
+
+    def _tell_about_weights(self) -> None:
+        if self.provenance.weights in ("cell", "rde") and not self._told_about_weights:
+            _logging.warning(
+                f"the authors take the weights 'gene' for gene states and expression; these are {self.provenance.weights!r} "
+                "(scfm.load(..., weights='gene'))"
+            )
+            self._told_about_weights = True

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from ...nn.ranks import rank_normalize
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -22,6 +24,7 @@ def attention_map(
     kind: Literal["encoder", "decoder"],
     places: Tensor | None,
     average_heads: bool,
+    rank: bool = False,
 ) -> Tensor:
     """Attention weights of one layer; see ``SCFoundationBackbone.attention``.
 
@@ -53,6 +56,7 @@ def attention_map(
         else:
             x, rows = module.embed_decoder(cell, module.encode(cell), base), places
         weights = _cell_map(stack, x, layer, rows)
+        weights = rank_normalize(weights) if rank else weights
         target[..., : len(rows), : len(rows)] = weights.mean(0) if average_heads else weights
     return out
 

@@ -127,7 +127,7 @@ class SCFoundation(nn.Module):
         if tokens.queries is not None and len(tokens.queries.flat_ids):
             parts.append((tokens.queries, self.value_embedding(tokens.queries.flat_values)))
         for batch, states in parts:
-            rows = cell_of(batch) * self.config.n_positions + batch.flat_ids
+            rows = batch.flat_cells * self.config.n_positions + batch.flat_ids
             inputs = self.decoder_input(states + self.gene_embedding(batch.flat_ids))
             out = out.index_copy(0, rows, inputs) if torch.is_grad_enabled() else out.index_copy_(0, rows, inputs)
         return out
@@ -184,11 +184,6 @@ def _stack(config: SCFoundationConfig, side: str) -> TransformerStack | Performe
         getattr(config, f"{side}_{name}") for name in ("dim_head", "ff_dropout", "attention_dropout")
     )
     return PerformerStack(dim, depth, heads, dim_head, ff, attention)
-
-
-def cell_of(tokens: TokenBatch) -> Tensor:
-    """Number of the cell that each token belongs to, ``(tokens,)``."""
-    return torch.repeat_interleave(torch.arange(len(tokens), device=tokens.device), tokens.lengths)
 
 
 def split_tokens(tokens: TokenBatch) -> list[TokenBatch]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .._tokens import TokenBatch
-from .module import cell_of
 
 if TYPE_CHECKING:
     from ...nn.linear_attention import KeyMax
@@ -111,7 +110,7 @@ def raw_counts(tokens: TokenBatch, config: SCFoundationConfig) -> Tensor:
     """
     total = tokens.per_cell.get("total")
     is_gene = tokens.flat_ids < config.n_genes
-    cells, genes = cell_of(tokens)[is_gene], tokens.flat_ids[is_gene]
+    cells, genes = tokens.flat_cells[is_gene], tokens.flat_ids[is_gene]
     values = tokens.flat_values[is_gene].double()
     if total is not None:
         counts = torch.expm1(values) * total.double()[cells] / _SCALE

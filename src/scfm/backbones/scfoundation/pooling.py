@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .module import cell_of
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -31,7 +29,7 @@ def pool(tokens: TokenBatch, hidden: Tensor, pooling: str, config: SCFoundationC
 
 
 def _part(tokens: TokenBatch, hidden: Tensor, part: str, config: SCFoundationConfig) -> Tensor:
-    cells = cell_of(tokens)
+    cells = tokens.flat_cells
     if part in ("S", "T"):
         chosen = tokens.flat_ids == (config.source_id if part == "S" else config.target_id)
         missing = hidden.new_full((len(tokens), hidden.shape[1]), torch.nan)

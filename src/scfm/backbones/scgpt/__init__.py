@@ -9,9 +9,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..._errors import UnsupportedError
 from ...genes import GeneMatch
 from ...nn.attention import attention_weights
-from .._base import Backbone, Checkpoint
+from ...nn.ranks import rank_normalize
+from .._base import Backbone, Checkpoint, GeneRows
 from .._tokens import TokenBatch
 from . import checkpoint, generation, tokenizer
 from .config import PRESETS, SCGPTConfig
@@ -20,13 +22,17 @@ from .module import SCGPT
 from .tokenizer import TieBreak, TokenDraws
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from scipy.sparse import csr_matrix
     from torch import Tensor
 
     from ...genes import GeneVocab
+    from .._base import Genes
+
+# cells whose genes are decoded from their embedding at once
+_CELLS_PER_STEP = 8
 
 __all__ = ["PRESETS", "SCGPT", "MVCDecoder", "SCGPTBackbone", "SCGPTConfig", "SCGPTOutput", "TokenDraws"]
 
@@ -79,6 +85,7 @@ class SCGPTBackbone(Backbone):
     )
     poolings: ClassVar[tuple[str, ...]] = ("cls", "avg-pool", "w-pool")
     specials: ClassVar[tuple[str, ...]] = checkpoint.SPECIALS
+    expression_scale: ClassVar[str] = "bin of the value among the expressed genes of the cell"
     module: SCGPT
     config: SCGPTConfig
 
@@ -371,6 +378,36 @@ class SCGPTBackbone(Backbone):
         hidden = self.module.encode(x, padding)
         return hidden if padding is None else hidden.masked_fill(padding.unsqueeze(-1), 0.0)
 
+    def _iter_gene_states(self, tokens: TokenBatch, genes: Tensor | None) -> Iterator[GeneRows]:
+        _, x, padding = self._inputs(tokens)
+        hidden = self.module.encode(x, padding)
+        yield self._token_rows(tokens, hidden[~tokens.padding], genes)
+
+    def _iter_reconstruction(self, tokens: TokenBatch, genes: Tensor | None) -> Iterator[GeneRows]:
+        """Expressed genes from the states of their tokens; others from the cell embedding, which knows all genes."""
+        _, x, padding = self._inputs(tokens)
+        hidden, labels = self.module.encode(x, padding), tokens.per_cell.get("batch")
+        if genes is None:
+            values = self.module.decoder(self.module.with_batches(hidden, labels)).values
+            yield self._token_rows(tokens, values[~tokens.padding], None)
+            return
+        if self.module.mvc is None:
+            msg = (
+                f"{self.name} has no decoder from the cell embedding, so it predicts expressed genes only (genes=None)"
+            )
+            raise UnsupportedError(msg)
+        cells = self.module.with_batches(self._pool(tokens, hidden, self.default_pooling), labels)
+        vectors = self.module.embed_genes(genes[None])
+        for start in range(0, len(tokens), _CELLS_PER_STEP):
+            values = self.module.mvc(cells[start : start + _CELLS_PER_STEP], vectors).values
+            numbers = torch.arange(start, start + len(values), device=self.device)
+            yield GeneRows(numbers.repeat_interleave(len(genes)), genes.repeat(len(values)), values.flatten())
+
+    @property
+    def gene_state_dim(self) -> int:
+        """Width of contextual gene embeddings."""
+        return self.config.dim
+
     def _reconstruct(
         self,
         tokens: TokenBatch,
@@ -411,8 +448,10 @@ class SCGPTBackbone(Backbone):
         tokens: TokenBatch,
         layer: int,
         *,
-        scores: Literal["softmax", "raw"] = "softmax",
+        genes: Genes | None = None,
+        scores: Literal["softmax", "raw"] | None = None,
         average_heads: bool = True,
+        rank: bool = False,
     ) -> Tensor:
         """Attention of one layer, ``(cells, queries, keys)`` or ``(cells, heads, queries, keys)``, float32.
 
@@ -422,15 +461,23 @@ class SCGPTBackbone(Backbone):
             Token batch.
         layer
             Layer, counted from the end if negative.
+        genes
+            Names or ids that choose rows and columns, NaN where a cell has no such token; all tokens in their order by
+            default.
         scores
-            Softmax weights, or the raw products of queries and keys that scGPT ranks for regulatory networks.
+            Softmax weights (the default), or the raw products of queries and keys (the default for ranks).
         average_heads
             Mean over heads.
+        rank
+            Replace scores by their ranks among the keys of a cell, and these by their ranks among the queries, as
+            scGPT does for regulatory networks.
         """
         n_layers = len(self.module.layers)
         if not -n_layers <= layer < n_layers:
             msg = f"this model has layers 0 to {n_layers - 1}; got {layer}"
             raise ValueError(msg)
+        places = self.gene_ids(genes)
+        scores = scores or ("raw" if rank else "softmax")
         _, x, padding = self._inputs(tokens)
         for block in self.module.layers[: layer % n_layers]:
             x = block(x, padding)
@@ -440,7 +487,10 @@ class SCGPTBackbone(Backbone):
             weights = (q.float() @ k.float().transpose(-1, -2)).masked_fill(tokens.padding[:, None, None, :], torch.nan)
         else:
             weights = attention_weights(q, k, padding)
-        return weights.mean(1) if average_heads else weights
+        if rank:
+            weights = _ranked(weights, tokens.lengths.tolist())
+        weights = weights.mean(1) if average_heads else weights
+        return weights if places is None else _chosen(weights, tokens, places)
 
     # -- generation --------------------------------------------------------------------------------------------------
 
@@ -475,6 +525,27 @@ class SCGPTBackbone(Backbone):
         from .objective import generative_loss
 
         return generative_loss(self, tokens, generator, **options)
+
+
+def _ranked(weights: Tensor, lengths: list[int]) -> Tensor:
+    """Ranks among keys, then among queries, of each cell; NaN at padding."""
+    out = torch.full_like(weights, torch.nan)
+    for some, target, n in zip(weights, out, lengths, strict=True):
+        # ranks of different queries are equal all the time; only torch's own order of equals is the one of upstream,
+        # and it depends on the length, so that padding must not take part
+        rows = rank_normalize(some[:, :n, :n], -1)
+        target[:, :n, :n] = rank_normalize(rows, -2, stable=False)
+    return out
+
+
+def _chosen(weights: Tensor, tokens: TokenBatch, ids: Tensor) -> Tensor:
+    """Rows and columns of some genes, NaN where a cell has no token of them."""
+    found = (tokens.ids[:, None] == ids[:, None]) & ~tokens.padding[:, None]
+    there, place = found.any(-1), found.int().argmax(-1)
+    if weights.ndim == 4:
+        there, place = there[:, None], place[:, None]
+    rows = weights.take_along_dim(place[..., :, None], -2).take_along_dim(place[..., None, :], -1)
+    return rows.masked_fill(~(there[..., :, None] & there[..., None, :]), torch.nan)
 
 
 def _domain(tokens: TokenBatch) -> Tensor | None:

@@ -71,7 +71,7 @@ class MVCDecoder(nn.Module):
             self.fc2 = nn.Linear(_MVC_QUERY_DIM, 1)
 
     def forward(self, cell: Tensor, genes: Tensor) -> Decoded:
-        """Decode ``cell`` ``(cells, context)`` at gene embeddings ``(cells, length, dim)``."""
+        """Decode ``cell`` ``(cells, context)`` at gene embeddings ``(cells, length, dim)``, or 1 instead of ``cells``."""
         if self.style == "inner product, detach":
             genes = genes.detach()
         query = torch.sigmoid(self.gene2query(genes))
@@ -83,7 +83,7 @@ class MVCDecoder(nn.Module):
             return Decoded(values, nonzero)
         cell = cell.unsqueeze(1)
         hidden = (
-            torch.cat([cell.expand(-1, query.shape[1], -1), query], -1)
+            torch.cat([cell.expand(-1, query.shape[1], -1), query.expand(len(cell), -1, -1)], -1)
             if self.style == "concat query"
             else cell + query
         )

@@ -13,9 +13,14 @@ def record(model: str) -> str:
     return model
 
 
-def gene_embedding(model: str) -> str:
-    """Slot of ``varm`` for the gene embedding of ``model``."""
-    return model
+def gene_record(model: str) -> str:
+    """Slot of ``uns`` for the record of the gene embeddings of ``model``."""
+    return f"{model}_genes"
+
+
+def reconstruction(model: str) -> str:
+    """Layer, or slot of ``obsm``, for the expression that ``model`` predicts; its record in ``uns`` is called alike."""
+    return f"{model}_reconstructed"
 
 
 RECOVERED_LAYER = "counts"

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from anndata import AnnData, read_h5ad
+from scipy.sparse import csr_matrix
 
 import scfm
+from scfm.backbones import from_config, random_copy
+from scfm.baselines import hvg_pca, scvi_latent
+from scfm.genes import GeneVocab
 
 
 @pytest.fixture
@@ -71,3 +78,97 @@ def test_plot_without_comparison_says_what_to_run(adata):
     scfm.tl.compare_embeddings(adata, ["X_good"], "label", umap=False)
     with pytest.raises(KeyError, match="umap=True"):
         scfm.pl.compare_embeddings(adata)
+
+
+# -- baselines, random weights, integration scores ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cells():
+    """Three kinds of cells in two batches, with counts."""
+    rng = np.random.default_rng(1)
+    rates = rng.gamma(0.5, 2.0, size=(3, 60))
+    kinds = np.tile([0, 1, 2], 40)
+    adata = AnnData(csr_matrix(rng.poisson(rates[kinds]).astype(np.float32)))
+    adata.var_names = [f"GENE{i}" for i in range(60)]
+    adata.obs_names = [f"c{i}" for i in range(120)]
+    adata.obs["label"] = pd.Categorical(np.array(["a", "b", "c"])[kinds])
+    adata.obs["batch"] = pd.Categorical(np.repeat(["x", "y"], 60))
+    return adata
+
+
+def tiny_model(name: str = "tiny"):
+    config = {"dim": 16, "n_heads": 2, "ffn_dim": 16, "n_layers": 2, "max_length": 80}
+    specials = ["<pad>", "<cls>", "<eoc>"]
+    vocab = GeneVocab([f"GENE{i}" for i in range(60)] + specials, specials=specials)
+    return from_config("scgpt", config, vocab, name=name, device="cpu", precision="float32")
+
+
+def test_hvg_pca_stands_beside_unless_it_is_declined(cells):
+    scfm.tl.embed(cells, tiny_model(), progress=False)
+    scores = scfm.tl.compare_embeddings(cells, ["tiny"], "label", umap=False)
+    assert list(scores.index) == ["tiny", "HVG + PCA", "shuffled"]
+    np.testing.assert_allclose(cells.obsm["X_hvg_pca"], hvg_pca(cells), atol=1e-5)
+    alone = scfm.tl.compare_embeddings(cells, ["tiny"], "label", umap=False, baselines=(), shuffled=False)
+    assert list(alone.index) == ["tiny"]
+
+
+def test_a_baseline_that_is_asked_for_needs_counts(cells):
+    cells.obsm["X_any"] = np.random.default_rng(0).normal(size=(120, 3)).astype(np.float32)
+    cells.X = cells.X * 0.3
+    assert "HVG + PCA" not in scfm.tl.compare_embeddings(cells, ["X_any"], "label", umap=False).index
+    with pytest.raises(ValueError, match="layer="):
+        scfm.tl.compare_embeddings(cells, ["X_any"], "label", umap=False, baselines=["hvg_pca"])
+    with pytest.raises(ValueError, match="choose among hvg_pca, scvi"):
+        scfm.tl.compare_embeddings(cells, ["X_any"], "label", umap=False, baselines=["magic"])
+
+
+def test_random_weights_are_a_row_of_their_own(cells):
+    model = tiny_model()
+    scfm.tl.embed(cells, model, progress=False)
+    scores = scfm.tl.compare_embeddings(cells, ["tiny"], "label", random_weights=[model], umap=False)
+    assert list(scores.index) == ["tiny", "tiny-random", "HVG + PCA", "shuffled"]
+    expected = random_copy(model).embed(model.tokenize(cells.X, cells.var_names.to_numpy())).numpy()
+    np.testing.assert_allclose(cells.obsm["X_tiny-random"], expected, atol=1e-5)
+    with pytest.raises(ValueError, match="no checkpoint"):  # a model that was never saved cannot be found by its name
+        scfm.tl.compare_embeddings(cells, ["tiny"], "label", random_weights=True, umap=False)
+
+
+def test_models_with_records_are_loaded_again_for_their_random_copies(cells):
+    scfm.tl.embed(cells, tiny_model(), progress=False)
+    vocab = scfm.backbones.load_vocab("scgpt-mini")
+    cells.var_names = vocab.genes[:60]
+    scfm.tl.embed(cells, "scgpt-mini", progress=False)
+    scores = scfm.tl.compare_embeddings(cells, ["scgpt-mini"], "label", random_weights=True, umap=False)
+    assert list(scores.index) == ["scgpt-mini", "scgpt-mini-random", "HVG + PCA", "shuffled"]
+
+
+def test_integration_scores_tell_mixed_batches_from_separate_ones(cells):
+    pytest.importorskip("scib_metrics")
+    rng = np.random.default_rng(0)
+    kinds, batches = cells.obs["label"].cat.codes.to_numpy(), cells.obs["batch"].cat.codes.to_numpy()
+    mixed = rng.normal(size=(120, 4)) + 9 * np.eye(3, 4)[kinds]
+    cells.obsm["X_mixed"] = mixed.astype(np.float32)
+    cells.obsm["X_apart"] = (mixed + 30 * batches[:, None]).astype(np.float32)
+    scores = scfm.tl.compare_embeddings(
+        cells, ["X_mixed", "X_apart"], "label", batch_key="batch", baselines=(), shuffled=False
+    )
+    assert scores.loc["mixed", "iLISI"] > scores.loc["apart", "iLISI"] + 0.3
+    assert scores.loc["mixed", "batch silhouette"] > scores.loc["apart", "batch silhouette"] + 0.3
+    assert scores.loc["mixed", "graph connectivity"] == pytest.approx(1)
+    assert scores.loc["mixed", "cLISI"] > 0.9
+    axes = scfm.pl.compare_embeddings(cells, show=False)
+    assert [label.get_text() for label in axes[-1].get_xticklabels()][-1] == "graph connectivity"
+
+
+@pytest.mark.slow
+def test_scvi_as_a_baseline(cells, monkeypatch):
+    monkeypatch.setattr("scfm.tl._controls.scvi_latent", partial(scvi_latent, max_epochs=2, n_latent=4))
+    cells.obsm["X_any"] = np.random.default_rng(0).normal(size=(120, 3)).astype(np.float32)
+    before = torch.get_rng_state()
+    scores = scfm.tl.compare_embeddings(
+        cells, ["X_any"], "label", baselines=["scvi"], batch_key="batch", umap=False, scib=False
+    )
+    assert list(scores.index) == ["any", "scVI", "shuffled"]
+    assert cells.obsm["X_scvi"].shape == (120, 4)
+    assert torch.equal(before, torch.get_rng_state())

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 import scfm
+from scfm.backbones import random_copy
 from scfm.tl import embed
 
 few_examples = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -284,3 +285,34 @@ def test_layer_and_raw(adata, model):
     other.X = -other.X
     np.testing.assert_array_equal(embedding(other, model, layer="counts"), expected)
     np.testing.assert_array_equal(embedding(other[:, :10].copy(), model, use_raw=True), expected)
+
+
+# -- several models, random weights ----------------------------------------------------------------------------------------
+
+
+def test_several_models_in_one_call(adata, scgpt, scfoundation, tmp_path):
+    embed(adata, [scgpt, scfoundation], progress=False)
+    assert list(adata.obsm) == ["X_scgpt", "X_scfoundation"]
+    for one in (scgpt, scfoundation):
+        np.testing.assert_array_equal(adata.obsm[f"X_{one.name}"], embedding(adata, one))
+        assert adata.uns[one.name]["checkpoint"]["id"] == one.provenance.id
+    adata.write_h5ad(tmp_path / "x.h5ad")
+    arrays = embed(tmp_path / "x.h5ad", [scgpt, scfoundation], out=tmp_path / "out", progress=False)
+    assert list(arrays) == ["scgpt", "scfoundation"]
+    np.testing.assert_allclose(arrays["scgpt"][...], adata.obsm["X_scgpt"], atol=1e-6)
+    assert (tmp_path / "out" / "scfoundation").is_dir()
+
+
+def test_several_models_need_several_names(adata, scgpt, scfoundation):
+    with pytest.raises(ValueError, match="called after them"):
+        embed(adata, [scgpt, scfoundation], key_added="x")
+    with pytest.raises(ValueError, match="two of the models are called 'scgpt'"):
+        embed(adata, [scgpt, scgpt])
+
+
+def test_random_weights_are_those_of_a_random_copy(adata, model):
+    embed(adata, model, random_weights=True, rng=4, progress=False)
+    copy = random_copy(model, seed=4)
+    assert list(adata.obsm) == [f"X_{model.name}-random"]
+    options = {"rng": 4} if model.kind == "scgpt" else {}
+    np.testing.assert_allclose(adata.obsm[f"X_{model.name}-random"], embedding(adata, copy, **options), atol=1e-6)

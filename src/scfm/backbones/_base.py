@@ -372,7 +372,7 @@ class Backbone(ABC):
     def _token_rows(self, tokens: TokenBatch, values: Tensor, genes: Tensor | None) -> GeneRows:
         """Rows of the tokens that are genes (and among ``genes``), from one value or vector per token."""
         wanted = torch.zeros(len(self.vocab), dtype=torch.bool, device=self.device)
-        wanted[torch.as_tensor(self.vocab.is_gene, device=self.device) if genes is None else genes] = True
+        wanted[torch.tensor(self.vocab.is_gene, device=self.device) if genes is None else genes] = True
         kept = wanted[tokens.flat_ids]
         return GeneRows(tokens.flat_cells[kept], tokens.flat_ids[kept], values[kept])
 

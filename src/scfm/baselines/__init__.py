@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from ._pca import hvg_pca
+from ._scvi import scvi_latent
 
-__all__ = ["hvg_pca"]
+__all__ = ["hvg_pca", "scvi_latent"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ._options import accepted_options, check_options
+from ._options import accepted_options, check_options, is_per_cell
 from ._plan import Limits, plan_batches
 from ._run import Result, run, visit
 
-__all__ = ["Limits", "Result", "accepted_options", "check_options", "plan_batches", "run", "visit"]
+__all__ = ["Limits", "Result", "accepted_options", "check_options", "is_per_cell", "plan_batches", "run", "visit"]

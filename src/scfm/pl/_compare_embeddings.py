@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-_SCORES = ("ARI", "NMI", "silhouette")
+_MOST_BARS = 4
 _PANEL = 3.1
 
 
@@ -93,12 +93,39 @@ def compare_embeddings(
 
 
 def _draw_scores(ax: Axes, scores: pd.DataFrame) -> None:
-    position = np.arange(len(scores))[::-1]
-    width = 0.8 / len(_SCORES)
-    for i, score in enumerate(_SCORES):
-        ax.barh(position + (1 - i) * width, scores[score].astype(float), width, label=score, color=f"C{i}", alpha=0.85)
-    ax.set_yticks(position, scores.index.astype(str))
+    shown = scores.drop(columns="clusters", errors="ignore").astype(float)
+    if shown.shape[1] > _MOST_BARS:
+        _draw_table(ax, shown)
+        return
+    position = np.arange(len(shown))[::-1]
+    width = 0.8 / shown.shape[1]
+    for i, score in enumerate(shown):
+        ax.barh(
+            position + ((shown.shape[1] - 1) / 2 - i) * width,
+            shown[score],
+            width,
+            label=score,
+            color=f"C{i}",
+            alpha=0.85,
+        )
+    ax.set_yticks(position, shown.index.astype(str))
     ax.axvline(0, color="black", linewidth=0.8)
-    ax.set(title="agreement with labels", xlim=(min(-0.1, float(scores[list(_SCORES)].min().min()) - 0.02), 1))
+    ax.set(title="agreement with labels", xlim=(min(-0.1, float(shown.min().min()) - 0.02), 1))
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize="small", loc="lower right")
+
+
+def _draw_table(ax: Axes, scores: pd.DataFrame) -> None:
+    """Numbers on a ground that is the darker the better a score is within its column."""
+    low, high = scores.min(), scores.max()
+    shade = (scores - low) / (high - low).where(high > low, 1.0)
+    ax.imshow(shade, cmap="Blues", vmin=-0.15, vmax=1.4, aspect="auto")
+    for row, column in np.ndindex(scores.shape):
+        best = scores.iloc[row, column] == high.iloc[column]
+        text = f"{scores.iloc[row, column]:.2f}"
+        ax.text(column, row, text, ha="center", va="center", fontsize=7, fontweight="bold" if best else "normal")
+    ax.set_xticks(range(scores.shape[1]), scores.columns, rotation=40, ha="right", fontsize="small")
+    ax.set_yticks(range(len(scores)), scores.index.astype(str), fontsize="small")
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set(title="scores (higher is better)")

@@ -4,5 +4,7 @@ from __future__ import annotations
 
 from ._compare_embeddings import compare_embeddings
 from ._embed import embed
+from ._gene_embeddings import gene_embeddings
+from ._reconstruct import reconstruct
 
-__all__ = ["compare_embeddings", "embed"]
+__all__ = ["compare_embeddings", "embed", "gene_embeddings", "reconstruct"]

@@ -10,10 +10,13 @@ import scanpy as sc
 from anndata import AnnData
 
 from .. import _keys, _logging
-from ..metrics import clustering_agreement, label_silhouette
+from ..metrics import clustering_agreement, has_scib, label_silhouette, scib_scores
+from ._controls import add_baselines, add_random_weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from ._inputs import Model
 
 _BISECTIONS = 20
 
@@ -23,6 +26,11 @@ def compare_embeddings(
     keys: Sequence[str] | Mapping[str, str],
     labels_key: str,
     *,
+    batch_key: str | None = None,
+    baselines: Sequence[str] | None = None,
+    random_weights: bool | Sequence[Model] = False,
+    layer: str | None = None,
+    scib: bool | None = None,
     resolution: float | None = None,
     n_neighbors: int = 15,
     umap: bool = True,
@@ -30,18 +38,33 @@ def compare_embeddings(
     random_state: int = 0,
     key_added: str | None = None,
 ) -> pd.DataFrame:
-    """Score embeddings by how well their clusters and distances agree with known labels.
+    """Score embeddings by how well their clusters and distances agree with known labels, beside baselines.
 
-    Every embedding gets the same pipeline: neighbours, Leiden, and (for plots) UMAP.
+    Every embedding gets the same pipeline: neighbours, Leiden, and (for plots) UMAP. If scib-metrics is installed its
+    scores are added, with ``batch_key`` those of the mixing of batches too.
 
     Parameters
     ----------
     adata
         Annotated data with the embeddings in ``obsm``.
     keys
-        Slots of ``obsm`` to compare; as a mapping, from the name to show to the slot.
+        Slots of ``obsm`` to compare, or names of the models that made them; as a mapping, from the name to show to the
+        slot.
     labels_key
         Column of ``obs`` with the labels; cells with a missing label are left out of the scores.
+    batch_key
+        Column of ``obs`` with the batches.
+    baselines
+        Embeddings to compute from the counts and to put beside the others: ``"hvg_pca"``, and ``"scvi"``, which is
+        trained on these cells and takes a while. By default HVG + PCA, if there are counts. Slots that exist already
+        (``X_hvg_pca``, ``X_scvi``) are used as they are.
+    random_weights
+        Embed the cells once more with copies of the models whose weights are random: ``True`` for the models whose
+        records are in ``uns``, or a list of models.
+    layer
+        Layer with the counts for baselines and random weights; by default ``X``.
+    scib
+        Whether to add the scores of scib-metrics; by default if it is installed.
     resolution
         Leiden resolution; by default it is searched, for each embedding, so that there are as many clusters as labels.
     n_neighbors
@@ -57,7 +80,8 @@ def compare_embeddings(
 
     Returns
     -------
-    Table with one row per embedding and the columns ``ARI``, ``NMI``, ``silhouette``, ``clusters``; also set:
+    Table with one row per embedding and the columns ``ARI``, ``NMI``, ``silhouette``, ``clusters`` and those of
+    :func:`scfm.metrics.scib_scores`; also set:
 
     ``.uns["compare_embeddings"]``
         The table (``scores``) and the parameters (``params``).
@@ -70,23 +94,27 @@ def compare_embeddings(
     ------
     KeyError
         If a slot or column does not exist.
+    MissingExtraError
+        If ``scib=True`` and scib-metrics is not installed.
     ValueError
-        If the labelled cells have fewer than two labels.
+        If the labelled cells have fewer than two labels, or a baseline is unknown or has no counts to start from.
     """
-    names = dict(keys) if not isinstance(keys, (list, tuple)) else {key.removeprefix("X_"): key for key in keys}
-    if labels_key not in adata.obs:
-        msg = f"obs has no column {labels_key!r}; there are {', '.join(map(str, adata.obs.columns)) or 'none'}"
-        raise KeyError(msg)
-    for key in names.values():
-        if key not in adata.obsm:
-            msg = f"obsm has no slot {key!r}; there are {', '.join(adata.obsm) or 'none'}"
+    keys = dict(keys) if not isinstance(keys, (list, tuple)) else {key.removeprefix("X_"): key for key in keys}
+    names = {name: _slot(adata, key) for name, key in keys.items()}
+    for column in (labels_key, batch_key):
+        if column is not None and column not in adata.obs:
+            msg = f"obs has no column {column!r}; there are {', '.join(map(str, adata.obs.columns)) or 'none'}"
             raise KeyError(msg)
     labels = adata.obs[labels_key]
     labelled = labels.notna().to_numpy()
     if labels[labelled].nunique() < 2:
         msg = f"obs[{labels_key!r}] has fewer than two labels, so there is nothing to compare with"
         raise ValueError(msg)
+    scib = has_scib() if scib is None else scib
     start = _logging.info(f"comparing {len(names)} embeddings with obs[{labels_key!r}]")
+    control = {"layer": layer, "random_state": random_state}
+    names |= add_random_weights(adata, random_weights, list(names.values()), **control)
+    names |= add_baselines(adata, baselines, batch_key=batch_key, taken=list(names.values()), **control)
     embeddings = {name: np.asarray(adata.obsm[key]) for name, key in names.items()}
     if shuffled:
         first = next(iter(embeddings.values()))
@@ -105,6 +133,9 @@ def compare_embeddings(
             "silhouette": label_silhouette(work.obsm["X"][scored], truth),
             "clusters": work.obs["leiden"].nunique(),
         }
+        if scib:
+            batches = None if batch_key is None else adata.obs[batch_key][usable][scored]
+            rows[name] |= scib_scores(work.obsm["X"][scored], truth, batches, random_state=random_state)
         slot = names.get(name, name).removeprefix("X_")
         adata.obs[_keys.clusters(slot)] = work.obs["leiden"].reindex(adata.obs_names)
         if umap:
@@ -120,6 +151,7 @@ def compare_embeddings(
             "names": list(rows),
             "slots": [names.get(name, name).removeprefix("X_") for name in rows],
             "labels_key": labels_key,
+            "batch_key": batch_key or "",
             "resolution": "matched" if resolution is None else resolution,
             "n_neighbors": n_neighbors,
             "random_state": random_state,
@@ -127,6 +159,14 @@ def compare_embeddings(
     }
     _logging.info("    finished", time=start, deep=f"added\n    {key!r}, scores of the embeddings (adata.uns)")
     return table
+
+
+def _slot(adata: AnnData, key: str) -> str:
+    for slot in (key, _keys.embedding(key)):
+        if slot in adata.obsm:
+            return slot
+    msg = f"obsm has no slot {key!r}; there are {', '.join(adata.obsm) or 'none'}"
+    raise KeyError(msg)
 
 
 def _cluster(work: AnnData, n_labels: int, resolution: float | None, random_state: int) -> None:

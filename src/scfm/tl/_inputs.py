@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,14 @@ import numpy as np
 from .. import __version__, _logging
 from .._counts import CountStats
 from ..backbones import Backbone, load
+from ..data import open_source
 from ..engine import accepted_options, check_options
 from ..genes import AliasTable, resolve_gene_names
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
+    from datetime import datetime
     from pathlib import Path
 
     import pandas as pd
@@ -50,22 +53,86 @@ def load_backbone(model: Model, *, device: str, precision: str, weights: str | N
     return model
 
 
+@dataclass(frozen=True)
+class Task:
+    """A model, the cells, and what else a run of one over the other needs."""
+
+    backbone: Backbone
+    source: CellSource
+    match: GeneMatch
+    options: dict[str, Any]
+    params: dict[str, Any]
+    start: datetime
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """First arguments of ``engine.run`` and ``engine.visit``."""
+        return {"backbone": self.backbone, "source": self.source, "match": self.match, "options": self.options} | {
+            "check": InputCheck(self.backbone, self.source, self.match, self.options)
+        }
+
+    def record(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """What was done, to be stored in ``uns``; see :func:`run_record`."""
+        return run_record(self.backbone, self.source.where, self.match, {**self.params, **params})
+
+
+@contextmanager
+def prepared(
+    adata: Any,
+    backbone: Backbone,
+    *,
+    what: str,
+    layer: str | None,
+    use_raw: bool,
+    gene_symbols: str | None,
+    gene_ids: str | None,
+    aliases: Aliases,
+    duplicates: str | None,
+    rng: int | np.random.Generator,
+    draws: Any,
+    tokenize_options: Mapping[str, Any],
+) -> Iterator[Task]:
+    """Open the cells and check that the model knows their genes and its tokenizer the options.
+
+    Parameters
+    ----------
+    what
+        What is going to be done, for the log.
+    """
+    seed = seed_of(rng)
+    with open_source(adata, layer=layer, use_raw=use_raw) as source:
+        start = _logging.info(f"{what} {source.n_obs:,} cells with {backbone!r}")
+        match = match_genes(backbone, source.var, gene_symbols=gene_symbols, gene_ids=gene_ids, aliases=aliases)
+        options = tokenizer_options(
+            backbone, tokenize_options, n_obs=source.n_obs, seed=seed, duplicates=duplicates, draws=draws
+        )
+        params = {
+            "layer": layer,
+            "use_raw": use_raw,
+            "duplicates": duplicates,
+            "rng": seed,
+            "draws": None if draws is None else "given",
+            "tokenize_options": dict(tokenize_options) or None,
+        }
+        yield Task(backbone, source, match, options, params, start)
+
+
 def result_name(backbone: Backbone) -> str:
     """Name of the model in AnnData keys; HDF5 allows no slash in them."""
     return re.sub(r"[^\w.-]+", "_", backbone.name).strip("_") or backbone.kind
 
 
 def match_genes(
-    backbone: Backbone, source: CellSource, *, gene_symbols: str | None, gene_ids: str | None, aliases: Aliases
+    backbone: Backbone, var: pd.DataFrame, *, gene_symbols: str | None, gene_ids: str | None, aliases: Aliases
 ) -> GeneMatch:
-    """Match the genes of a source to those of a model, and log the share that is known.
+    """Match the genes of a data set to those of a model, and log the share that is known.
 
     Raises
     ------
     ValueError
         If no gene is known.
     """
-    names = resolve_gene_names(source.var, gene_symbols, gene_ids)
+    names = resolve_gene_names(var, gene_symbols, gene_ids)
     match = backbone.vocab.match(
         names.symbols, ensembl_ids=names.ensembl_ids, aliases=AliasTable.resolve(aliases) or None
     )
@@ -159,12 +226,14 @@ class InputCheck:
 
 
 def run_record(
-    backbone: Backbone, source: CellSource, match: GeneMatch, params: Mapping[str, Any]
+    backbone: Backbone, where: str, match: GeneMatch, params: Mapping[str, Any]
 ) -> dict[str, dict[str, Any] | str]:
     """What was done, in values that HDF5 and zarr can hold.
 
     Parameters
     ----------
+    where
+        Name of the matrix that was read.
     params
         Arguments of the tool; those that are ``None`` are left out.
     """
@@ -178,7 +247,7 @@ def run_record(
     }
     params = {
         **params,
-        "input": source.where,
+        "input": where,
         "device": str(backbone.device),
         "precision": str(backbone.dtype).removeprefix("torch."),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from scipy.sparse import csr_matrix
 
 from scfm.backbones import _base
+from scfm.checkpoints import _registry
 
 ROOT = Path(__file__).parents[1]
 GENES = ["CD3E", "LYZ", "MS4A1", "NKG7"]
@@ -31,7 +33,9 @@ def genebag(tmp_path, monkeypatch) -> Path:
     info = tmp_path / "site" / "genebag-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: genebag\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[scfm.backbones]\ngenebag = genebag:GeneBagBackbone\n")
+    points = "[scfm.backbones]\ngenebag = genebag:GeneBagBackbone\n\n[scfm.registries]\ngenebag = genebag\n"
+    (info / "entry_points.txt").write_text(points)
+    (package / "registry.json").write_text(re.search(r"```json\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[1])
     monkeypatch.syspath_prepend(package.parent)
     _forget()
 
@@ -57,6 +61,8 @@ def genebag(tmp_path, monkeypatch) -> Path:
 def _forget() -> None:
     _base._entry_points.cache_clear()
     _base.backbone_class.cache_clear()
+    _registry.entries.cache_clear()
+    _registry._names.cache_clear()
 
 
 def test_recipe_of_the_fifth_model(genebag, tmp_path):
@@ -90,13 +96,35 @@ def test_recipe_of_the_fifth_model(genebag, tmp_path):
     torch.testing.assert_close(again.embed(tokens), cells, rtol=0, atol=0, equal_nan=True)
 
 
-def test_recipe_with_embed(genebag, tmp_path):
+def test_recipe_with_every_tool_and_by_its_name(genebag):
     import anndata as ad
 
     import scfm
 
+    assert "genebag" in set(scfm.checkpoints.list()["name"])
     adata = ad.AnnData(csr_matrix(np.array([[3.0, 0, 1], [0, 2, 0]])))
     adata.var_names = ["NKG7", "LYZ", "CD3E"]
-    scfm.tl.embed(adata, model=str(genebag))
+    with pytest.raises(scfm.OfflineError, match=r"genebag\.pt"):
+        scfm.tl.embed(adata, model="genebag")
+    shutil.copytree(genebag, scfm.checkpoints.info("genebag").directory)
+    scfm.tl.embed(adata, model="genebag")
     assert adata.obsm["X_genebag"].shape == (2, 8)
     assert np.isfinite(adata.obsm["X_genebag"]).all()
+    assert adata.uns["genebag"]["checkpoint"]["licence"] == "MIT"
+
+    scfm.tl.gene_embeddings(adata, model="genebag")
+    assert np.isfinite(adata.varm["genebag"]).all()
+    scfm.tl.reconstruct(adata, model="genebag")
+    assert adata.layers["genebag_reconstructed"].nnz == 3
+    with pytest.raises(scfm.UnsupportedError, match="scgpt"):
+        scfm.tl.gene_embeddings(adata, model="genebag", contextual=True)
+
+
+def test_a_broken_registry_of_another_package_is_left_out(genebag, caplog):
+    import scfm
+
+    (Path(genebag).parent / "site" / "genebag" / "registry.json").write_text("{")
+    _forget()
+    assert "genebag" not in set(scfm.checkpoints.list()["name"])
+    assert "scgpt" in set(scfm.checkpoints.list()["name"])
+    assert "genebag" in caplog.text

@@ -15,6 +15,7 @@ from scfm.genes import GeneVocab
 
 N_GENES = 40
 SMALL = {
+    "cellfm": {"n_genes": N_GENES, "dim": 16, "n_heads": 2, "n_layers": 2, "n_bins": 8},
     "scgpt": {"dim": 16, "n_heads": 2, "ffn_dim": 24, "n_layers": 2},
     "scfoundation": {
         "n_genes": N_GENES,
@@ -212,3 +213,126 @@ def test_training_loss_has_gradients(backbone):
     norms = [p.grad.norm() for p in model.module.parameters() if p.grad is not None]
     assert norms
     assert all(torch.isfinite(norm) for norm in norms)
+
+
+# -- cells at the edges, in batches of any size ------------------------------------------------------------------------
+
+
+def edge_cells() -> sparse.csr_matrix:
+    """64 cells: one gene, none, all genes, a huge count, and ordinary ones."""
+    counts = counts_of(11, 64).toarray()
+    counts[5], counts[6], counts[7], counts[8] = 0, 0, np.arange(1, N_GENES + 1), 0
+    counts[5, 3] = 4
+    counts[8, [0, 9]] = [200_000, 1]
+    return sparse.csr_matrix(counts.astype(np.float32))
+
+
+def test_edge_cells_get_the_same_vector_alone_and_among_64(backbone):
+    from scfm.engine import accepted_options
+
+    counts = edge_cells()
+    options = {"max_length": 9} if "max_length" in accepted_options(backbone) else {}
+    for pooling in backbone.poolings:
+        tokens = backbone.tokenize(counts, GENES, **options)
+        together = backbone.embed(tokens, pooling=pooling).numpy()
+        alone = [backbone.embed(backbone.tokenize(counts[[i]], GENES, **options), pooling=pooling) for i in range(64)]
+        np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-5)
+        assert np.isnan(together[6]).all()
+        assert np.isfinite(np.delete(together, 6, axis=0)).all()
+
+
+# -- genes -------------------------------------------------------------------------------------------------------------
+
+
+def rows_of(parts) -> dict[tuple[int, int], np.ndarray]:
+    return {
+        (int(cell), int(gene)): value.float().numpy()
+        for part in parts
+        for cell, gene, value in zip(part.cells, part.genes, part.values, strict=True)
+    }
+
+
+@pytest.mark.parametrize("what", ["gene_states", "reconstruction"])
+def test_rows_of_genes_do_not_depend_on_batch_and_choice(backbone, what):
+    if {"gene_states": "gene_states", "reconstruction": "reconstructs"}[what] not in backbone.capabilities:
+        pytest.skip(f"no {what}")
+    give = getattr(backbone, f"iter_{what}")
+    counts = counts_of(12).tolil()
+    counts[4] = 0
+    tokens = backbone.tokenize(counts.tocsr(), GENES)
+    rows = rows_of(give(tokens))
+    assert {cell for cell, _ in rows} == {0, 1, 2, 3, 5}
+    assert all(backbone.vocab.is_gene[gene] for _, gene in rows)
+    if what == "gene_states":
+        assert {value.shape for value in rows.values()} == {(backbone.gene_state_dim,)}
+        chosen = [backbone.vocab["GENE7"], backbone.vocab["GENE2"]]
+        some = rows_of(give(tokens, chosen))
+        assert some.keys() == {key for key in rows if key[1] in chosen}
+    else:
+        assert {value.shape for value in rows.values()} == {()}
+        expressed = {(i, backbone.vocab[f"GENE{j}"]) for i, j in zip(*counts.nonzero(), strict=True)}
+        assert rows.keys() == expressed
+        some = rows_of(give(tokens, ["GENE7"]))
+        assert some.keys() == {(cell, backbone.vocab["GENE7"]) for cell in (0, 1, 2, 3, 5)}
+        assert all(np.isfinite(value) for value in some.values())
+        alone = rows_of(give(tokens.select([3]), ["GENE7"]))
+        np.testing.assert_allclose(alone[0, backbone.vocab["GENE7"]], some[3, backbone.vocab["GENE7"]], atol=1e-5)
+        return
+    for key, value in some.items():
+        np.testing.assert_allclose(value, rows[key], atol=1e-5)
+    for key, value in rows_of(give(tokens.select([3]))).items():
+        np.testing.assert_allclose(value, rows[3, key[1]], atol=1e-5)
+
+
+def test_attention_among_chosen_genes(backbone):
+    if "attends" not in backbone.capabilities:
+        pytest.skip("no attention maps")
+    counts = counts_of(13).tolil()
+    counts[:, [2, 7, 30]] = 5
+    counts[1, 7] = 0
+    tokens = backbone.tokenize(counts.tocsr(), GENES)
+    names = ["GENE7", "GENE30", "GENE2"]
+    maps = backbone.attention(tokens, genes=names)
+    assert maps.shape == (6, 3, 3)
+    assert maps.dtype == torch.float32
+    assert torch.isfinite(maps[0]).all()
+    assert (maps[0] >= 0).all()
+    np.testing.assert_allclose(backbone.attention(tokens.select([3]), genes=names)[0], maps[3], atol=1e-5)
+    turned = backbone.attention(tokens, genes=names[::-1])
+    np.testing.assert_allclose(turned.flip(1).flip(2).numpy(), maps.numpy(), atol=1e-5)
+    heads = backbone.attention(tokens, genes=names, average_heads=False)
+    np.testing.assert_allclose(heads.mean(1).numpy(), maps.numpy(), atol=1e-5)
+    ranks = backbone.attention(tokens, genes=names, rank=True)
+    assert ranks.shape == maps.shape
+    assert ((ranks[0] >= 0) & (ranks[0] < 1)).all()
+
+
+def test_reduced_precision_of_gene_outputs(backbone, tmp_path):
+    if "reconstructs" not in backbone.capabilities:
+        pytest.skip("no reconstruction")
+    exact = rows_of(backbone.iter_reconstruction(backbone.tokenize(counts_of(2), GENES)))
+    reduced = scfm.load(backbone.save(tmp_path / "saved"), precision="bfloat16")
+    close = rows_of(reduced.iter_reconstruction(reduced.tokenize(counts_of(2), GENES)))
+    assert close.keys() == exact.keys()
+    pairs = np.array([[float(exact[key]), float(close[key])] for key in exact])
+    assert np.abs(pairs[:, 0] - pairs[:, 1]).max() < 0.1 * max(1.0, np.abs(pairs).max())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_an_accelerator_gives_the_same_vectors(backbone, tmp_path):
+    path = backbone.save(tmp_path / "saved")
+    moved = scfm.load(path, device="cuda", precision="float32")
+    close = moved.embed(moved.tokenize(counts_of(4), GENES)).cpu().numpy()
+    np.testing.assert_allclose(close, embed(backbone, counts_of(4)), atol=1e-4)
+    assert moved.to("cpu").device.type == "cpu"
+    np.testing.assert_allclose(embed(moved, counts_of(4)), embed(backbone, counts_of(4)), atol=1e-5)
+
+
+def test_types_and_back(backbone, tmp_path):
+    moved = scfm.load(backbone.save(tmp_path / "saved"))
+    wide = moved.to("cpu", "float64")
+    assert wide.dtype == torch.float64
+    np.testing.assert_allclose(embed(wide, counts_of(4)), embed(backbone, counts_of(4)), atol=1e-4)
+    np.testing.assert_allclose(
+        embed(moved.to("cpu", "float32"), counts_of(4)), embed(backbone, counts_of(4)), atol=1e-5
+    )

@@ -1,7 +1,9 @@
 """Speed and memory of ``scfm.tl.embed`` at released sizes with random weights.
 
-    python tests/benchmarks/bench_embed.py scgpt scfoundation      # speed, float32 and bfloat16
-    python tests/benchmarks/bench_embed.py memory                  # peak memory against the number of cells
+    python tests/benchmarks/bench_embed.py scgpt scfoundation cellfm-80m        # speed, float32 and bfloat16
+    python tests/benchmarks/bench_embed.py cellfm-800m --cells 8                # 20 s per cell on two cores
+    python tests/benchmarks/bench_embed.py sclong --cells 2                     # 80 s per cell on two cores
+    python tests/benchmarks/bench_embed.py memory                               # peak memory against the number of cells
 
 The yardstick is the machine's own float32 matrix product, measured again before and after each run. FLOPs are those
 that remain necessary after the exact savings (two per multiply-add); tokenising, layer norms, softmax and copies count
@@ -30,6 +32,7 @@ from scfm.backbones import from_config
 from scfm.genes import GeneVocab
 
 MATMUL_SIZE = 2048
+CELLS = {"scgpt": 48, "scfoundation": 48, "cellfm-80m": 48, "cellfm-800m": 8, "sclong": 2}
 SEED = 0
 
 
@@ -58,18 +61,59 @@ def scfoundation_flops(lengths: np.ndarray, config) -> float:
     return float((config.encoder_depth * (24 * lengths * dim**2 + 4 * lengths**2 * dim)).sum())
 
 
+def cellfm_flops(lengths: np.ndarray, config) -> float:
+    """Last layer: keys and values of all tokens, the rest for ``<cls>`` only. ``lengths`` are without ``<cls>``."""
+    dim, dim_head = config.dim, config.dim // config.n_heads
+    tokens = lengths + 1
+    full = tokens * (16 * dim**2 + 4 * dim * dim_head)
+    last = tokens * (4 * dim**2 + 2 * dim * dim_head) + 12 * dim**2
+    return float(((config.n_layers - 1) * full + last).sum())
+
+
+def sclong_flops(lengths: np.ndarray, config) -> float:
+    """All three Performers in full, for every position of every cell."""
+
+    def performer(tokens: int, width: int, depth: int, heads: int, dim_head: int) -> float:
+        features = int(dim_head * np.log(dim_head))
+        linear = 2 * (4 * width * heads * dim_head + 8 * width**2)
+        return depth * tokens * (linear + 8 * heads * features * dim_head)
+
+    rest = config.max_seq_len - config.top_seq_len
+    sizes = {"large": config.top_seq_len, "mini": rest, "decoder": config.max_seq_len}
+    widths = {"large": config.large_dim, "mini": config.base_dim, "decoder": config.base_dim}
+    stacks = {"large": "large_enc", "mini": "mini_enc", "decoder": "dec"}
+    total = 4 * config.top_seq_len * config.base_dim * config.large_dim
+    for name, prefix in stacks.items():
+        depth, heads, dim_head = (getattr(config, f"{prefix}_{part}") for part in ("depth", "heads", "dim_head"))
+        total += performer(sizes[name], widths[name], depth, heads, dim_head)
+    return float(total * len(lengths))
+
+
 def released(kind: str):
-    """A backbone of released size with random weights."""
+    """A backbone of released size with random weights, and its necessary FLOPs."""
     if kind == "scgpt":
         from scfm.backbones.scgpt import PRESETS
 
         specials = ["<pad>", "<cls>", "<eoc>"]
         vocab = GeneVocab([*(f"GENE{i}" for i in range(60_694)), *specials], specials=specials)
         return from_config(kind, PRESETS["scgpt"], vocab, name=kind, seed=SEED), scgpt_flops
-    from scfm.backbones.scfoundation import PRESETS
+    if kind == "scfoundation":
+        from scfm.backbones.scfoundation import PRESETS
 
-    vocab = GeneVocab([f"GENE{i}" for i in range(19_264)])
-    return from_config(kind, PRESETS["scfoundation"], vocab, name=kind, seed=SEED), scfoundation_flops
+        vocab = GeneVocab([f"GENE{i}" for i in range(19_264)])
+        return from_config(kind, PRESETS["scfoundation"], vocab, name=kind, seed=SEED), scfoundation_flops
+    if kind.startswith("cellfm"):
+        from scfm.backbones.cellfm import PRESETS, CellFMBackbone
+
+        n_genes = {"cellfm-80m": 27_855, "cellfm-800m": 24_078}[kind]
+        specials = CellFMBackbone.specials
+        vocab = GeneVocab([*specials, *(f"GENE{i}" for i in range(n_genes))], specials=specials)
+        return from_config("cellfm", PRESETS[kind], vocab, name=kind, seed=SEED), cellfm_flops
+    from scfm.backbones.sclong import PRESETS, SCLongBackbone
+
+    specials = SCLongBackbone.specials
+    vocab = GeneVocab([*(f"GENE{i}" for i in range(27_874)), *specials], specials=specials)
+    return from_config(kind, PRESETS["sclong"], vocab, name=kind, seed=SEED), sclong_flops
 
 
 def cells(n: int, n_genes: int = 19_264, low: int = 1000, high: int = 3000) -> AnnData:
@@ -118,7 +162,7 @@ def speed(kind: str, n_cells: int) -> None:
     )
     for precision in ("float32", "bfloat16"):
         backbone.to("cpu", precision)
-        scfm.tl.embed(adata[:2].copy(), backbone, progress=False)
+        scfm.tl.embed(adata[: 1 + (n_cells > 8)].copy(), backbone, progress=False)
         before = matmul_peak()
         with PeakMemory() as memory:
             start = time.perf_counter()
@@ -168,13 +212,13 @@ def memory_of(path: str, out: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=["scgpt", "scfoundation", "memory"])
-    parser.add_argument("--cells", type=int, default=48)
+    parser.add_argument("what", nargs="+", choices=[*CELLS, "memory"])
+    parser.add_argument("--cells", type=int, help="cells of the speed runs")
     args = parser.parse_args()
     scfm.settings.verbosity = 1
     print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for what in args.what:
-        memory() if what == "memory" else speed(what, args.cells)
+        memory() if what == "memory" else speed(what, args.cells or CELLS[what])
 
 
 if __name__ == "__main__":

@@ -6,10 +6,14 @@ import difflib
 import textwrap
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import entry_points
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .. import _logging
+from .._errors import CheckpointError
 from .._settings import settings
 from ._files import read_json
 
@@ -236,7 +240,26 @@ def human_bytes(number: float) -> str:
 
 
 def _released() -> list[Entry]:
-    table: dict[str, Any] = read_json(Path(str(files(__package__) / "registry.json")))
+    return _read_registry(Path(str(files(__package__) / "registry.json")))
+
+
+def _of_other_packages() -> list[Entry]:
+    """Entries of packages that name a module with a ``registry.json`` in the entry-point group ``scfm.registries``."""
+    found = []
+    for point in entry_points(group="scfm.registries"):
+        try:
+            spec = find_spec(point.value)  # finds the file without importing the package
+            found += _read_registry(Path(spec.submodule_search_locations[0]) / "registry.json")
+        except (CheckpointError, ImportError, AttributeError, OSError, ValueError, KeyError, TypeError) as error:
+            _logging.warning(
+                f"the checkpoints of the package {point.value!r} are left out: its registry.json cannot be read "
+                f"({type(error).__name__}: {error})"
+            )
+    return found
+
+
+def _read_registry(path: Path) -> list[Entry]:
+    table: dict[str, Any] = read_json(path)
     licences = {key: Licence(**values) for key, values in table["licences"].items()}
     citations = {key: Citation(**values) for key, values in table["citations"].items()}
     return [
@@ -248,10 +271,10 @@ def _released() -> list[Entry]:
             licence=licences[row["licence"]],
             citation=citations[row["citation"]],
             source=row["source"],
-            aliases=tuple(row["aliases"]),
-            weights=tuple(row["weights"]),
-            by_hand=ByHand(**row["by_hand"]) if row["by_hand"] else None,
-            mirrors=tuple(Mirror(**values) for values in row["mirrors"]),
+            aliases=tuple(row.get("aliases", ())),
+            weights=tuple(row.get("weights", ())),
+            by_hand=ByHand(**row["by_hand"]) if row.get("by_hand") else None,
+            mirrors=tuple(Mirror(**values) for values in row.get("mirrors", ())),
         )
         for row in table["checkpoints"]
     ]
@@ -300,8 +323,11 @@ def _bundled() -> list[Entry]:
 
 @cache
 def entries() -> dict[str, Entry]:
-    """All checkpoints by name, the bundled ones first."""
-    return {entry.name: entry for entry in [*_bundled(), *_released()]}
+    """All checkpoints by name: the bundled ones, the released ones, and those of other packages under free names."""
+    own = [*_bundled(), *_released()]
+    taken = {name for entry in own for name in (entry.name, *entry.aliases)}
+    others = [entry for entry in _of_other_packages() if not taken & {entry.name, *entry.aliases}]
+    return {entry.name: entry for entry in [*own, *others]}
 
 
 @cache

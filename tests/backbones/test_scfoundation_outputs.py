@@ -12,6 +12,7 @@ from scipy import sparse
 from scfm.backbones import from_config
 from scfm.backbones.scfoundation import SCFoundationConfig, layers, module
 from scfm.genes import GeneVocab
+from scfm.nn import performer, steps
 
 N_GENES = 60
 KINDS = [("transformer", "performer"), ("performer", "performer"), ("transformer", "transformer")]
@@ -63,8 +64,9 @@ def test_inference_and_training_code_give_the_same(backbone):
 def test_sizes_of_steps_change_nothing(backbone, monkeypatch):
     tokens = tokens_of(backbone)
     embedded, states = backbone.embed(tokens), backbone.gene_states(tokens)
-    monkeypatch.setattr(layers, "_STEP_PER_THREAD", {"transformer": 1, "performer": 1})
-    monkeypatch.setattr(layers, "_MIN_TOKENS", 8)
+    monkeypatch.setattr(layers, "_STEP_PER_THREAD", 1)
+    monkeypatch.setattr(performer, "_STEP_PER_THREAD", {4: 1})
+    monkeypatch.setattr(steps, "MIN_ROWS", 8)
     monkeypatch.setattr(module, "_ENCODER_STEP", 20)
     close(backbone.embed(tokens), embedded)
     close(backbone.gene_states(tokens), states)

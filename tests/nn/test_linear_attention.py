@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scfm._errors import MissingExtraError
 from scfm.nn.linear_attention import (
     KeySums,
     default_features,
@@ -194,3 +196,65 @@ def test_mixed_precision_training_keeps_the_exponents_exact(qkv, projection):
 def test_unknown_convention_is_named(qkv, projection):
     with pytest.raises(ValueError, match="key_max must be one of cell, batch, head"):
         favor_attention(*qkv, projection, key_max="token")
+
+
+# -- performer-pytorch ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fast_attention(monkeypatch):
+    """``fast_attention(convention)``: the installed package, or one whose keys share a maximum over the batch."""
+    package = pytest.importorskip("performer_pytorch.performer_pytorch")
+    backend = pytest.importorskip("scfm.nn._performer_pytorch")
+    backend._convention.cache_clear()
+    installed = backend._convention()
+
+    def over_the_batch(data, *, projection_matrix, is_query, eps=1e-4, device=None):
+        u = data @ (projection_matrix * data.shape[-1] ** -0.25).T
+        g = (data**2).sum(-1, keepdim=True) * data.shape[-1] ** -0.5 / 2
+        maximum = u.amax(-1, keepdim=True) if is_query else u.max()
+        return (torch.exp(u - g - maximum) + eps) * len(projection_matrix) ** -0.5
+
+    def use(convention):
+        if convention == "batch" and installed == "head":
+            monkeypatch.setattr(package, "softmax_kernel", over_the_batch)
+        elif convention != installed:
+            pytest.skip(f"the installed performer-pytorch takes the maximum over the {installed}")
+        backend._convention.cache_clear()
+
+    yield use
+    monkeypatch.undo()
+    backend._convention.cache_clear()
+
+
+@pytest.mark.parametrize(("convention", "able"), [("head", ["head"]), ("batch", ["batch", "cell"])])
+def test_performer_pytorch_gives_the_same_where_it_has_the_convention(
+    fast_attention, qkv, projection, convention, able
+):
+    fast_attention(convention)
+    for key_max in KEY_MAX:
+        options = {"key_max": key_max, "backend": "performer-pytorch"}
+        if key_max in able:
+            theirs = favor_attention(*qkv, projection, **options)
+            np.testing.assert_allclose(theirs, naive_attention(*qkv, projection, key_max), rtol=1e-10)
+            torch.testing.assert_close(theirs, favor_attention(*qkv, projection, key_max=key_max))
+        else:
+            with pytest.raises(ValueError, match=f"cannot give key_max='{key_max}'"):
+                favor_attention(*qkv, projection, **options)
+
+
+def test_performer_pytorch_has_no_padding(qkv, projection):
+    padding = torch.ones(CELLS, LENGTH, dtype=torch.bool)
+    with pytest.raises(ValueError, match="no padding"):
+        favor_attention(*qkv, projection, padding=padding, backend="performer-pytorch")
+
+
+def test_a_missing_package_is_named_with_its_command(qkv, projection, monkeypatch):
+    monkeypatch.setitem(sys.modules, "performer_pytorch", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'scfm\[performer\]'"):
+        favor_attention(*qkv, projection, key_max="cell", backend="performer-pytorch")
+
+
+def test_unknown_backend_is_named(qkv, projection):
+    with pytest.raises(ValueError, match="backend must be one of scfm, performer-pytorch"):
+        favor_attention(*qkv, projection, backend="flash")

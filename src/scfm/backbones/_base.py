@@ -113,6 +113,13 @@ class Backbone(ABC):
     poolings: ClassVar[tuple[str, ...]]
     specials: ClassVar[tuple[str, ...]] = ()
     expression_scale: ClassVar[str] = ""
+    # entries of the state dict that are data, such as a graph; copies with fresh weights keep them
+    constants: ClassVar[tuple[str, ...]] = ()
+    # regular expressions for whole names of submodules: where low-rank adapters go, and what embeds genes and values
+    lora_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    embedding_modules: ClassVar[tuple[str, ...]] = ()
+    # names of the lists of layers, each in the order in which data pass through them
+    layer_stacks: ClassVar[tuple[str, ...]] = ("layers",)
 
     def __init__(
         self,
@@ -152,6 +159,11 @@ class Backbone(ABC):
     @abstractmethod
     def config_from_dict(cls, values: dict[str, Any]) -> Any:
         """Rebuild the config from what :meth:`config_to_dict` wrote."""
+
+    @classmethod
+    def config_for(cls, values: dict[str, Any], vocab: GeneVocab) -> Any:
+        """Config of a new network for the genes of ``vocab``; override it where their number is a hyper-parameter."""
+        return cls.config_from_dict(values)
 
     def config_to_dict(self) -> dict[str, Any]:
         """Config as JSON-writable values."""

@@ -141,7 +141,7 @@ def random_copy(backbone: Backbone, seed: int = 0) -> Backbone:
     -------
     A backbone on the same device and in the same floating-point type; its name ends in ``-random``.
     """
-    return from_config(
+    copy = from_config(
         backbone.kind,
         backbone.config,
         backbone.vocab,
@@ -150,3 +150,6 @@ def random_copy(backbone: Backbone, seed: int = 0) -> Backbone:
         device=str(backbone.device),
         precision=str(backbone.dtype).removeprefix("torch."),
     )
+    state = backbone.module.state_dict()
+    copy.module.load_state_dict({name: state[name] for name in backbone.constants}, strict=False)
+    return copy

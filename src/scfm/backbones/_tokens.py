@@ -22,6 +22,10 @@ def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
     return torch.arange(total, device=starts.device) + torch.repeat_interleave(starts - before, lengths)
 
 
+# what is kept must serve training later, although inference may have been first to ask for it
+_kept = torch.inference_mode(mode=False)
+
+
 @dataclass(frozen=True)
 class TokenBatch:
     """Tokens of several cells, stored without padding.
@@ -62,11 +66,13 @@ class TokenBatch:
         return len(self)
 
     @cached_property
+    @_kept
     def lengths(self) -> Tensor:
         """Number of tokens of each cell, shape ``(cells,)``."""
         return torch.diff(self.offsets)
 
     @cached_property
+    @_kept
     def flat_cells(self) -> Tensor:
         """Number of the cell that each token belongs to, shape ``(tokens,)``."""
         return torch.repeat_interleave(torch.arange(len(self), device=self.device), self.lengths)
@@ -94,16 +100,19 @@ class TokenBatch:
         return out
 
     @cached_property
+    @_kept
     def padding(self) -> Tensor:
         """True at padded positions, shape ``(cells, max_length)``."""
         return torch.arange(self.max_length, device=self.device) >= self.lengths[:, None]
 
     @cached_property
+    @_kept
     def ids(self) -> Tensor:
         """Vocabulary ids, right-padded with ``pad_id``, shape ``(cells, max_length)``."""
         return self._padded(self.flat_ids, self.pad_id)
 
     @cached_property
+    @_kept
     def values(self) -> Tensor:
         """Expression channel, right-padded with ``pad_value``, shape ``(cells, max_length)``."""
         return self._padded(self.flat_values, self.pad_value)

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+
 from .._errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -26,11 +28,15 @@ class KeyRule:
         Template of our key (``\1`` refers to groups); ``None`` drops the key on purpose.
     reason
         Why a key is dropped.
+    part
+        Number of the tensor among those that our key joins, and how many these are; they are laid one below the other.
+        ``None`` if the tensor is the whole of it.
     """
 
     pattern: str
     target: str | None
     reason: str = ""
+    part: tuple[int, int] | None = None
 
 
 @dataclass
@@ -90,6 +96,7 @@ def rename(state: Mapping[str, Tensor], rules: Sequence[KeyRule]) -> tuple[dict[
     """
     compiled = [(re.compile(rule.pattern), rule) for rule in rules]
     out: dict[str, Tensor] = {}
+    parts: dict[str, dict[tuple[int, int], Tensor]] = {}
     report = LoadReport()
     for key, tensor in state.items():
         rule, match = next(((rule, m) for pattern, rule in compiled if (m := pattern.fullmatch(key))), (None, None))
@@ -100,14 +107,33 @@ def rename(state: Mapping[str, Tensor], rules: Sequence[KeyRule]) -> tuple[dict[
             report.dropped[key] = rule.reason
             continue
         target = match.expand(rule.target)
-        if target in out:
+        if target in out or rule.part in parts.get(target, {}):
             msg = f"two keys of the file, one of them {key!r}, both map to {target!r}"
             raise CheckpointError(msg)
-        out[target] = tensor
+        if rule.part is None:
+            out[target] = tensor
+        else:
+            parts.setdefault(target, {})[rule.part] = tensor
         report.loaded.append(target)
         if target != key:
             report.renamed[key] = target
+    for target, tensors in parts.items():
+        out[target] = _joined(target, tensors)
+    report.loaded = list(dict.fromkeys(report.loaded))
     return out, report
+
+
+def _joined(target: str, tensors: Mapping[tuple[int, int], Tensor]) -> Tensor:
+    """Tensors one below the other, in the order of their numbers."""
+    wanted = {(i, n) for _, n in tensors for i in range(n)}
+    if wanted != tensors.keys():
+        msg = f"{len(wanted - tensors.keys())} of the {len(wanted)} tensors that make up {target!r} are missing"
+        raise CheckpointError(msg)
+    shapes = {tuple(tensor.shape[1:]) for tensor in tensors.values()}
+    if len(shapes) > 1 or any(tensor.ndim == 0 for tensor in tensors.values()):
+        msg = f"the tensors that make up {target!r} differ in shape: {', '.join(map(str, shapes))}"
+        raise CheckpointError(msg)
+    return torch.cat([tensors[part] for part in sorted(tensors)])
 
 
 def check_against(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._errors import CheckpointError
+from ..nn.low_rank import merged_state
 from ._files import new_directory, read_json, recover, sha256
 from .convert import LoadReport
 
@@ -156,14 +157,17 @@ def save(
 def save_backbone(
     backbone: Backbone, path: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
 ) -> Path:
-    """Write a backbone with its weights, config, vocabulary and provenance; see :func:`save`."""
+    """Write a backbone with its weights, config, vocabulary and provenance; see :func:`save`.
+
+    Low-rank adapters are added to the weights they belong to, in the file only.
+    """
     return save(
         path,
         kind=backbone.kind,
         name=backbone.name,
         config=backbone.config_to_dict(),
         vocab=backbone.vocab,
-        state_dict=backbone.module.state_dict(),
+        state_dict=merged_state(backbone.module),
         provenance=asdict(backbone.provenance),
         report=backbone.load_report,
         dtype=dtype,

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
+from .steps import rows_per_step
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -22,7 +24,12 @@ if TYPE_CHECKING:
 KeyMax = Literal["cell", "batch", "head"]
 """What the maximum of the key features is taken over: all heads of a cell, everything in the batch, or one head."""
 
+Backend = Literal["scfm", "performer-pytorch"]
+"""Whose code computes the attention."""
+
 EPSILON = 1e-4
+# numbers for each thread in the features of one step
+_STEP_PER_THREAD = 1 << 20
 
 
 def default_features(dim: int) -> int:
@@ -108,8 +115,22 @@ def check_key_max(key_max: str) -> None:
         raise ValueError(msg)
 
 
+def check_backend(backend: str) -> None:
+    """Raise ``ValueError`` unless ``backend`` is known."""
+    if backend not in get_args(Backend):
+        msg = f"backend must be one of {', '.join(get_args(Backend))}; got {backend!r}"
+        raise ValueError(msg)
+
+
 def favor_attention(
-    q: Tensor, k: Tensor, v: Tensor, projection: Tensor, *, key_max: KeyMax = "cell", padding: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    *,
+    key_max: KeyMax = "cell",
+    padding: Tensor | None = None,
+    backend: Backend = "scfm",
 ) -> Tensor:
     """Linear attention with all features in memory; differentiable, gradients flow through the maxima too.
 
@@ -123,17 +144,36 @@ def favor_attention(
         What the maximum of the key features is taken over.
     padding
         True at keys to leave out, shape ``(cells, length)``.
+    backend
+        ``"performer-pytorch"`` takes ``FastAttention`` of that package. Versions from 1.1.1 on have ``key_max="head"``
+        and no gradients through the maxima, older ones ``"batch"`` and ``"cell"``. It knows no padding.
 
     Returns
     -------
     Shape and type of ``v``.
 
+    Raises
+    ------
+    MissingExtraError
+        If the package of the backend is not installed.
+    ValueError
+        If the convention is unknown, or the backend has no such convention or no padding.
+
     See Also
     --------
     KeySums : the same in pieces, for inference over long sequences.
     """
+    check_key_max(key_max)
+    check_backend(backend)
     # mixed-precision training must not make the exponents of the features in bfloat16
     with torch.autocast(q.device.type, enabled=False):
+        if backend == "performer-pytorch":
+            if padding is not None and bool(padding.any()):
+                msg = "performer-pytorch knows no padding; take cells of equal length together, or backend='scfm'"
+                raise ValueError(msg)
+            from . import _performer_pytorch
+
+            return _performer_pytorch.attend(q, k, v, projection, key_max)
         phi_q = query_features(q, projection)
         phi_k = key_features(k, projection, key_max=key_max, padding=padding)
         context = phi_k.transpose(-1, -2) @ v.to(phi_k.dtype)
@@ -156,6 +196,11 @@ class _Scratch:
         u = self._flat[: rows * features].view(rows, features)
         torch.mm(x.reshape(rows, x.shape[2]), scaled_projection.T, out=u)
         return u.view(*x.shape[:2], features), _half_square(x)
+
+
+def _step(x: Tensor, projection: Tensor) -> int:
+    """Tokens whose features are made together."""
+    return rows_per_step(x, x.shape[1] * len(projection), _STEP_PER_THREAD)
 
 
 @dataclass
@@ -206,6 +251,11 @@ class KeySums:
 
     def add(self, k: Tensor, v: Tensor) -> None:
         """Add keys and values of some tokens, both of shape ``(tokens, heads, dim)``."""
+        step = _step(k, self.projection)
+        for some_k, some_v in zip(k.split(step), v.split(step), strict=True):
+            self._add(some_k, some_v)
+
+    def _add(self, k: Tensor, v: Tensor) -> None:
         v = v.to(self.products.dtype)
         u, g = self.scratch.exponents(k, self.projection)
         maximum = torch.maximum(self.maximum, u.amax((0, 2)))
@@ -240,17 +290,20 @@ class KeyContext:
     scratch: _Scratch
 
     def __post_init__(self) -> None:
+        # numerator and denominator come from one product
+        self._table = torch.cat([self.products, self.weights[..., None]], -1)
         # epsilon of the query features, taken out of the exponential and summed once for all queries
-        self.products_floor = EPSILON * self.products.sum(1, keepdim=True)
-        self.weights_floor = EPSILON * self.weights.sum(1)
+        self._floor = EPSILON * self._table.sum(1, keepdim=True)
 
     def read(self, q: Tensor) -> Tensor:
         """Attention output of some queries; ``q`` and the result have shape ``(tokens, heads, dim)``."""
+        return torch.cat([self._read(some) for some in q.split(_step(q, self.projection))])
+
+    def _read(self, q: Tensor) -> Tensor:
         u, g = self.scratch.exponents(q, self.projection)
         phi = u.sub_(g.add_(u.amax(-1, keepdim=True))).exp_()
-        out = torch.baddbmm(self.products_floor, phi.transpose(0, 1), self.products).transpose(0, 1)
-        share = phi.mul_(self.weights).sum(-1).add_(self.weights_floor)
-        return out.div_(share[..., None]).to(q.dtype)
+        both = torch.baddbmm(self._floor, phi.transpose(0, 1), self._table).transpose(0, 1)
+        return (both[..., :-1] / both[..., -1:]).to(q.dtype)
 
     def map(self, q: Tensor, k: Tensor) -> Tensor:
         """Attention weights of some queries to some of the keys that are in the sums.

@@ -51,6 +51,12 @@ class SCFoundationBackbone(Backbone):
     )
     poolings: ClassVar[tuple[str, ...]] = POOLINGS
     expression_scale: ClassVar[str] = "log1p of counts per 10,000 at the wanted read depth"
+    lora_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "attention": (r"(encoder|decoder)\.layers\.\d+\.(qkv|query|key|value|out)",),
+        "ffn": (r"(encoder|decoder)\.layers\.\d+\.linear[12]",),
+    }
+    embedding_modules: ClassVar[tuple[str, ...]] = ("gene_embedding", "value_embedding")
+    layer_stacks: ClassVar[tuple[str, ...]] = ("encoder.layers", "decoder.layers")
     module: SCFoundation
     config: SCFoundationConfig
     _told_about_weights: bool = False
@@ -76,6 +82,11 @@ class SCFoundationBackbone(Backbone):
     def config_from_dict(cls, values: dict[str, Any]) -> SCFoundationConfig:
         """Rebuild the config from JSON values."""
         return SCFoundationConfig(**values)
+
+    @classmethod
+    def config_for(cls, values: dict[str, Any], vocab: GeneVocab) -> SCFoundationConfig:
+        """Config of a new network for the genes of ``vocab``."""
+        return cls.config_from_dict({"n_genes": len(vocab), **values})
 
     @classmethod
     def build(cls, config: SCFoundationConfig, vocab: GeneVocab) -> SCFoundation:

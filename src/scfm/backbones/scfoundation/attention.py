@@ -11,8 +11,9 @@ from ...nn.ranks import rank_normalize
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ...nn.performer import PerformerStack
     from .._tokens import TokenBatch
-    from .layers import PerformerStack, TransformerStack
+    from .layers import TransformerStack
     from .module import SCFoundation
 
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import PerformerStack, TransformerStack
+from ...nn.performer import PerformerStack
+from .layers import TransformerStack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn.attention import attend, attend_first, attend_with_self
+from ...nn.low_rank import effective_weight
 from .heads import Discriminator, ExpressionDecoder, MVCDecoder, mlp_head
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class EncoderLayer(nn.Module):
         """Output of position 0 only, ``(cells, dim)``; for inference."""
         if self.pre_norm:
             x = self.norm1(x)
-        attended = self.out(attend_first(x, self.qkv.weight, self.qkv.bias, self.heads, padding))
+        attended = self.out(attend_first(x, effective_weight(self.qkv), self.qkv.bias, self.heads, padding))
         if self.pre_norm:
             x = self.norm2(x[:, 0] + attended)
             return x + self.feed_forward(x)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import sparse
 
-from scfm.backbones import Backbone, from_config
+from scfm.backbones import Backbone, backbone_class, from_config
 from scfm.genes import GeneVocab
 
 N_KNOWN, N_UNKNOWN, N_CELLS = 50, 6, 37
@@ -26,19 +26,51 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
+CONFIGS = {
+    "scgpt": {"dim": 16, "n_heads": 2, "ffn_dim": 16, "n_layers": 2, "max_length": 30},
+    "scfoundation": {
+        "n_genes": N_KNOWN,
+        "encoder_dim": 16,
+        "encoder_depth": 2,
+        "encoder_heads": 2,
+        "decoder_dim": 12,
+        "decoder_depth": 1,
+        "decoder_heads": 2,
+        "decoder_dim_head": 6,
+        "n_bins": 10,
+    },
+    "cellfm": {"n_genes": N_KNOWN, "dim": 16, "n_heads": 2, "n_layers": 2, "n_bins": 8},
+    "sclong": {
+        "n_positions": N_KNOWN + 1,
+        "top_length": 12,
+        "dim": 12,
+        "value_hidden": 8,
+        "large_dim": 16,
+        "large_depth": 2,
+        "large_heads": 2,
+        "large_dim_head": 6,
+        "mini_depth": 1,
+        "mini_heads": 2,
+        "mini_dim_head": 6,
+        "decoder_depth": 1,
+        "decoder_heads": 2,
+        "decoder_dim_head": 6,
+    },
+}
+
+
 def make_backbone(kind: str) -> Backbone:
-    if kind == "scgpt":
-        config = {"dim": 16, "n_heads": 2, "ffn_dim": 16, "n_layers": 2, "max_length": 30}
-        specials = ["<pad>", "<cls>", "<eoc>"]
-    else:
-        config = {"n_genes": N_KNOWN, "encoder_dim": 16, "encoder_depth": 2, "encoder_heads": 2, "decoder_dim": 12}
-        config |= {"decoder_depth": 1, "decoder_heads": 2, "decoder_dim_head": 6, "n_bins": 10}
-        specials = []
-    vocab = GeneVocab(SYMBOLS + specials, specials=specials, ensembl_ids=ENSEMBL + [""] * len(specials))
-    return from_config(kind, config, vocab, name=kind, device="cpu", precision="float32")
+    specials = list(backbone_class(kind).specials)
+    # where a model wants its special tokens first or last is its own affair
+    first = kind == "cellfm"
+    names = [*specials, *SYMBOLS] if first else [*SYMBOLS, *specials]
+    blank = [""] * len(specials)
+    ensembl = [*blank, *ENSEMBL] if first else [*ENSEMBL, *blank]
+    vocab = GeneVocab(names, specials=specials, ensembl_ids=ensembl)
+    return from_config(kind, CONFIGS[kind], vocab, name=kind, device="cpu", precision="float32")
 
 
-@pytest.fixture(scope="module", params=["scgpt", "scfoundation"])
+@pytest.fixture(scope="module", params=CONFIGS)
 def model(request) -> Backbone:
     return make_backbone(request.param)
 

@@ -13,9 +13,10 @@ from hypothesis.extra import numpy as hnp
 from scipy import sparse
 
 import scfm
+from scfm.backbones._random_keys import content_keys
 from scfm.backbones.scgpt import TokenDraws
 from scfm.backbones.scgpt.objective import generative_loss, split_prompt
-from scfm.backbones.scgpt.tokenizer import bin_values, content_keys, quantile_edges
+from scfm.backbones.scgpt.tokenizer import bin_values, quantile_edges
 from scfm.nn import attention
 
 GENES = np.array([f"GENE{i}" for i in range(30)])

@@ -419,9 +419,7 @@ def test_attention_scores_and_their_ranks(golden):
     ranked = backbone.attention(tokens, rank=True)
     np.testing.assert_allclose(ranked, data.expected["rank_normed_cells"], atol=1e-6)
     some = torch.tensor(data.input["genes"][0, [3, 1]])
-    np.testing.assert_array_equal(
-        backbone.attention(tokens, rank=True, genes=some)[0], ranked[0][[3, 1]][:, [3, 1]]
-    )
+    np.testing.assert_array_equal(backbone.attention(tokens, rank=True, genes=some)[0], ranked[0][[3, 1]][:, [3, 1]])
 
 
 def test_class_logits_of_a_fine_tuned_file(golden):

@@ -30,6 +30,7 @@ from scipy import sparse
 import scfm
 from scfm.backbones import from_config
 from scfm.genes import GeneVocab
+from scfm.nn.linear_attention import default_features
 
 MATMUL_SIZE = 2048
 CELLS = {"scgpt": 48, "scfoundation": 48, "cellfm-80m": 48, "cellfm-800m": 8, "sclong": 2}
@@ -72,20 +73,13 @@ def cellfm_flops(lengths: np.ndarray, config) -> float:
 
 def sclong_flops(lengths: np.ndarray, config) -> float:
     """All three Performers in full, for every position of every cell."""
-
-    def performer(tokens: int, width: int, depth: int, heads: int, dim_head: int) -> float:
-        features = int(dim_head * np.log(dim_head))
-        linear = 2 * (4 * width * heads * dim_head + 8 * width**2)
-        return depth * tokens * (linear + 8 * heads * features * dim_head)
-
-    rest = config.max_seq_len - config.top_seq_len
-    sizes = {"large": config.top_seq_len, "mini": rest, "decoder": config.max_seq_len}
-    widths = {"large": config.large_dim, "mini": config.base_dim, "decoder": config.base_dim}
-    stacks = {"large": "large_enc", "mini": "mini_enc", "decoder": "dec"}
-    total = 4 * config.top_seq_len * config.base_dim * config.large_dim
-    for name, prefix in stacks.items():
-        depth, heads, dim_head = (getattr(config, f"{prefix}_{part}") for part in ("depth", "heads", "dim_head"))
-        total += performer(sizes[name], widths[name], depth, heads, dim_head)
+    n, top = config.n_positions, config.top_length
+    total = 4 * top * config.dim * config.large_dim
+    for name, tokens in {"large": top, "mini": n - top, "decoder": n}.items():
+        sizes = config.stack_sizes(name)
+        dim, inner = sizes["dim"], sizes["heads"] * sizes["dim_head"]
+        linear = 2 * (4 * dim * inner + 8 * dim**2)
+        total += sizes["depth"] * tokens * (linear + 8 * default_features(sizes["dim_head"]) * inner)
     return float(total * len(lengths))
 
 

@@ -88,7 +88,8 @@ class PerformerLayer(nn.Module):
         before = self.projection
         super()._apply(fn, recurse)
         if self.projection.dtype in (torch.bfloat16, torch.float16):
-            self.projection = before.to(self.projection.device)
+            # a copy, because a single view into a mapped file keeps all of it in memory
+            self.projection = before.to(self.projection.device, copy=True)
         return self
 
     def _steps(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -188,6 +189,12 @@ class PerformerStack(nn.Module):
         self.register_buffer("calls_since_redraw", torch.tensor(0))
         # set while the weights are frozen, which were trained with the features as they are
         self.fixed_features = False
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        # no conversion ever copies a whole number, and it may be a view into a mapped file
+        self.calls_since_redraw = self.calls_since_redraw.clone()
+        return self
 
     def use_backend(self, backend: Backend) -> None:
         """Compute the attention of all layers with ``"scfm"`` or, if it is installed, ``"performer-pytorch"``."""

@@ -57,6 +57,11 @@ class CellFMBackbone(Backbone):
     poolings: ClassVar[tuple[str, ...]] = ("cls", "mean")
     specials: ClassVar[tuple[str, ...]] = (PAD,)
     expression_scale: ClassVar[str] = "log1p of counts per 10,000"
+    lora_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "attention": (r"layers\.\d+\.attention\.(kvqu|out)",),
+        "ffn": (r"layers\.\d+\.ffn\.(uv|out)",),
+    }
+    embedding_modules: ClassVar[tuple[str, ...]] = ("gene_embedding", "value_encoder", "depth_encoder")
     module: CellFM
     config: CellFMConfig
 
@@ -81,6 +86,11 @@ class CellFMBackbone(Backbone):
     def config_from_dict(cls, values: dict[str, Any]) -> CellFMConfig:
         """Rebuild the config from JSON values."""
         return CellFMConfig(**values)
+
+    @classmethod
+    def config_for(cls, values: dict[str, Any], vocab: GeneVocab) -> CellFMConfig:
+        """Config of a new network for the genes of ``vocab``."""
+        return cls.config_from_dict({"n_genes": vocab.n_genes, **values})
 
     @classmethod
     def build(cls, config: CellFMConfig, vocab: GeneVocab) -> CellFM:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 import torch
 
+from .._random_keys import content_keys
 from .._tokens import TokenBatch
-from ..scgpt.tokenizer import content_keys
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -86,6 +86,11 @@ class SCGPTBackbone(Backbone):
     poolings: ClassVar[tuple[str, ...]] = ("cls", "avg-pool", "w-pool")
     specials: ClassVar[tuple[str, ...]] = checkpoint.SPECIALS
     expression_scale: ClassVar[str] = "bin of the value among the expressed genes of the cell"
+    lora_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "attention": (r"layers\.\d+\.(qkv|out)",),
+        "ffn": (r"layers\.\d+\.linear[12]",),
+    }
+    embedding_modules: ClassVar[tuple[str, ...]] = ("genes", "values", "batches", "query_flag")
     module: SCGPT
     config: SCGPTConfig
 

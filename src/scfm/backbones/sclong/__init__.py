@@ -50,6 +50,12 @@ class SCLongBackbone(Backbone):
     poolings: ClassVar[tuple[str, ...]] = POOLINGS
     specials: ClassVar[tuple[str, ...]] = (checkpoint.PAD,)
     expression_scale: ClassVar[str] = "that of the input: log1p of counts per 10,000, by default stretched or cut to 10"
+    lora_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "attention": (r"(large|mini|decoder)\.layers\.\d+\.(query|key|value|out)",),
+        "ffn": (r"(large|mini|decoder)\.layers\.\d+\.linear[12]",),
+    }
+    embedding_modules: ClassVar[tuple[str, ...]] = ("value_embedding", "gene_table", "go")
+    layer_stacks: ClassVar[tuple[str, ...]] = tuple(f"{name}.layers" for name in STACKS)
     # the graph is data, not weights
     constants: ClassVar[tuple[str, ...]] = ("go.edges", "go.edge_weight")
     module: SCLong
@@ -76,6 +82,11 @@ class SCLongBackbone(Backbone):
     def config_from_dict(cls, values: dict[str, Any]) -> SCLongConfig:
         """Rebuild the config from JSON values."""
         return SCLongConfig(**values)
+
+    @classmethod
+    def config_for(cls, values: dict[str, Any], vocab: GeneVocab) -> SCLongConfig:
+        """Config of a new network for the genes of ``vocab``."""
+        return cls.config_from_dict({"n_positions": len(vocab), **values})
 
     @classmethod
     def build(cls, config: SCLongConfig, vocab: GeneVocab) -> SCLong:

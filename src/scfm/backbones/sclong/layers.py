@@ -34,7 +34,8 @@ def _without_narrowing(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor
     # Metal has no float64
     if torch.promote_types(moved.dtype, tensor.dtype) == moved.dtype or moved.device.type == "mps":
         return moved
-    return tensor.to(moved.device)
+    # a copy, because a single view into a mapped file keeps all of it in memory
+    return tensor.to(moved.device, copy=True)
 
 
 class ValueEmbedding(nn.Module):

@@ -180,7 +180,7 @@ class SCLong(nn.Module):
         n = self.config.n_positions
         # unexpressed genes, which are most, share one vector
         x = embedded[:1].repeat(len(tokens) * n, 1)
-        x = _put(x, tokens.flat_ids + cell_of(tokens) * n, embedded[1:], self._learns())
+        x = _put(x, tokens.flat_ids + tokens.flat_cells * n, embedded[1:], self._learns())
         return self.add_gene_vectors(x.view(len(tokens), n, -1))
 
     # -- layers ------------------------------------------------------------------------------------------------------
@@ -262,15 +262,10 @@ class SCLong(nn.Module):
             getattr(self, name).count_call(redraw_every, generator)
 
 
-def cell_of(tokens: TokenBatch) -> Tensor:
-    """Number of the cell that each token belongs to, ``(tokens,)``."""
-    return torch.repeat_interleave(torch.arange(len(tokens), device=tokens.device), tokens.lengths)
-
-
 def dense_values(tokens: TokenBatch, n_positions: int) -> Tensor:
     """Values of all positions of a few cells, ``(cells, n_positions)``."""
     out = tokens.flat_values.new_zeros(len(tokens), n_positions)
-    out[cell_of(tokens), tokens.flat_ids] = tokens.flat_values
+    out[tokens.flat_cells, tokens.flat_ids] = tokens.flat_values
     return out
 
 

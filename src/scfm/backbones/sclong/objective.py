@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .module import cell_of
-
 if TYPE_CHECKING:
     from ...nn.linear_attention import KeyMax
     from .._tokens import TokenBatch
@@ -61,7 +59,7 @@ def n_targets(n_expressed: Tensor, share: float) -> Tensor:
 def draw(tokens: TokenBatch, config: SCLongConfig, generator: torch.Generator | None = None) -> Draws:
     """Draw targets among the tokens of each cell, all equally likely, and which of them are masked."""
     keys, chance = torch.rand(2, len(tokens.flat_ids), generator=generator, dtype=torch.float64)
-    cells = cell_of(tokens)
+    cells = tokens.flat_cells
     order = torch.argsort(keys + cells)  # each cell in a random order
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order))
@@ -124,6 +122,6 @@ def masked_value_loss(
     device, targets = backbone.device, draws.targets
     shown = replace(tokens, flat_values=tokens.flat_values.masked_fill(draws.replaced, config.mask_value))
     states = module(shown.to(device), key_max=key_max, tie_break=tie_break)
-    predicted = module.predict(states[cell_of(tokens)[targets].to(device), tokens.flat_ids[targets].to(device)])
+    predicted = module.predict(states[tokens.flat_cells[targets].to(device), tokens.flat_ids[targets].to(device)])
     errors = (predicted - tokens.flat_values[targets].to(predicted)) ** 2
     return SCLongLoss(errors.sum() / max(1, errors.numel()), errors.numel())

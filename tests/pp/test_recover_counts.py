@@ -280,3 +280,10 @@ def test_real_values_that_are_no_counts(shared, name):
     adata = ad.read_h5ad(shared("data", "singlecell", f"{name}.h5ad"))
     with pytest.raises(ValueError, match="not multiples of one number per cell"):
         scfm.pp.recover_counts(adata)
+
+
+def test_counts_that_the_notebook_of_cellfm_recovers(golden):
+    data = golden("cellfm", "alias_mapping")
+    adata = AnnData(sparse.csr_matrix(data.input["lognorm"]))
+    recover_counts(adata)
+    np.testing.assert_array_equal(adata.layers["counts"].toarray(), data.expected["recovered_counts"])

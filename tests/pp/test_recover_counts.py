@@ -284,6 +284,6 @@ def test_real_values_that_are_no_counts(shared, name):
 
 def test_counts_that_the_notebook_of_cellfm_recovers(golden):
     data = golden("cellfm", "alias_mapping")
-    adata = AnnData(sparse.csr_matrix(data.input["lognorm"]))
-    recover_counts(adata)
+    adata = ad.AnnData(sparse.csr_matrix(data.input["lognorm"]))
+    scfm.pp.recover_counts(adata)
     np.testing.assert_array_equal(adata.layers["counts"].toarray(), data.expected["recovered_counts"])

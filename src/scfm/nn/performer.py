@@ -82,6 +82,8 @@ class PerformerLayer(nn.Module):
         self.ff_dropout = nn.Dropout(ff_dropout)
         self.attention_dropout = nn.Dropout(attention_dropout)
         self.register_buffer("projection", orthogonal_random_features(default_features(dim_head), dim_head))
+        # set while the weights are frozen, which were trained with the features as they are
+        self.fixed_features = False
 
     def _apply(self, fn, recurse: bool = True):
         # exponents of the random features need float32, so the projection follows the device but no lower precision
@@ -187,8 +189,6 @@ class PerformerStack(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(dim) if final_norm else nn.Identity()
         self.register_buffer("calls_since_redraw", torch.tensor(0))
-        # set while the weights are frozen, which were trained with the features as they are
-        self.fixed_features = False
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
@@ -252,9 +252,9 @@ class PerformerStack(nn.Module):
 
     @torch.no_grad()
     def redraw_projections(self, generator: torch.Generator | None = None) -> None:
-        """Draw new random features in all layers, unless they are fixed."""
-        if self.fixed_features:
-            return
+        """Draw new random features in all layers but those whose features are fixed."""
         for layer in self.layers:
+            if layer.fixed_features:
+                continue
             layer.projection.copy_(orthogonal_random_features(*layer.projection.shape, generator))
         self.calls_since_redraw.zero_()

@@ -63,6 +63,17 @@ def test_whole_numbers_as_floats(adata, model):
     np.testing.assert_array_equal(embedding(with_values(adata, np.float64), model), embedding(adata, model))
 
 
+def test_the_option_for_normalised_values_is_named(adata, model):
+    if model.kind == "scgpt":
+        pytest.skip("takes both")
+    normalised = with_values(adata, lambda x: np.log1p(x * 1.37))
+    with pytest.raises(ValueError, match=f"say so: {model.normalized_option}"):
+        embed(normalised, model)
+    name, value = model.normalized_option.split("=")
+    embed(normalised, model, **{name: True if value == "True" else value.strip("'")})
+    assert np.isfinite(normalised.obsm[f"X_{model.name}"]).all()
+
+
 def test_fractions(adata, scgpt, scfoundation, capsys):
     estimated = with_values(adata, lambda x: x * 1.37)
     with pytest.raises(ValueError, match=r"not whole numbers.*layer="):

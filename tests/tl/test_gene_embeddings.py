@@ -115,7 +115,7 @@ def test_wrong_arguments(adata, scgpt, arguments, error, message):
 
 
 def test_too_many_groups_are_refused_before_anything_is_computed(adata, scgpt, monkeypatch):
-    monkeypatch.setattr("scfm.tl._gene_embeddings._SUM_BYTES", 1000)
+    monkeypatch.setattr("scfm.engine._gene_means._SUM_BYTES", 1000)
     with pytest.raises(MemoryError, match="genes="):
         gene_embeddings(adata, scgpt, contextual=True)
 

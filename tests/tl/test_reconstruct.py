@@ -106,6 +106,6 @@ def test_wrong_arguments(adata, scgpt, arguments, error, message):
 
 
 def test_a_result_too_large_for_memory_is_refused(adata, scgpt, monkeypatch):
-    monkeypatch.setattr("scfm.tl._reconstruct._MEMORY_BYTES", 1000)
+    monkeypatch.setattr("scfm.engine._expression._MEMORY_BYTES", 1000)
     with pytest.raises(MemoryError, match="out="):
         reconstruct(adata, scgpt, genes="all")

@@ -113,6 +113,8 @@ class Backbone(ABC):
     poolings: ClassVar[tuple[str, ...]]
     specials: ClassVar[tuple[str, ...]] = ()
     expression_scale: ClassVar[str] = ""
+    # the option of the tokenizer that says that values are normalised already
+    normalized_option: ClassVar[str] = ""
     # entries of the state dict that are data, such as a graph; copies with fresh weights keep them
     constants: ClassVar[tuple[str, ...]] = ()
     # regular expressions for whole names of submodules: where low-rank adapters go, and what embeds genes and values
@@ -120,6 +122,8 @@ class Backbone(ABC):
     embedding_modules: ClassVar[tuple[str, ...]] = ()
     # names of the lists of layers, each in the order in which data pass through them
     layer_stacks: ClassVar[tuple[str, ...]] = ("layers",)
+    # regular expressions for whole names of parameters that a training pass changes by itself, beside the optimiser
+    self_changing: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,

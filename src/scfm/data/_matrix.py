@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _DENSE_BYTES = 32 * 2**20
 _EXACT_IN_FLOAT32 = 2**24
 _BRIDGED_ROWS = 8
+_ROWS_AT_ONCE = 2048
 
 
 class RowReader(ABC):
@@ -40,6 +41,12 @@ class RowReader(ABC):
     @abstractmethod
     def read(self, start: int, stop: int) -> csr_matrix:
         """Rows ``start:stop``; the caller must not write to the result, which may share memory with the data."""
+
+    def row_lengths(self) -> np.ndarray:
+        """Number of stored values of each row, shape ``(rows,)``; reads everything where the storage does not know it."""
+        starts = range(0, self.shape[0], _ROWS_AT_ONCE)
+        blocks = (self.read(start, min(start + _ROWS_AT_ONCE, self.shape[0])) for start in starts)
+        return np.concatenate([np.zeros(0, dtype=np.int64), *(np.diff(block.indptr) for block in blocks)])
 
 
 class SparseRows(RowReader):
@@ -66,6 +73,13 @@ class StoredSparseRows(RowReader):
         self._data, self._indices = group["data"], group["indices"]
 
     def read(self, start: int, stop: int) -> csr_matrix:
+        indptr = self._pointers()
+        return _csr_slice(self._data, self._indices, indptr[start : stop + 1], self.shape[1])
+
+    def row_lengths(self) -> np.ndarray:
+        return np.diff(self._pointers())
+
+    def _pointers(self) -> np.ndarray:
         # the row pointers, and for CSC the transposed file, are made by the thread that reads
         if self._indptr is None:
             group = self._dataset.group
@@ -75,7 +89,7 @@ class StoredSparseRows(RowReader):
                 self._transposed = transposed  # its files live as long as it does
             else:
                 self._indptr = group["indptr"][...]
-        return _csr_slice(self._data, self._indices, self._indptr[start : stop + 1], self.shape[1])
+        return self._indptr
 
 
 class DenseRows(RowReader):

@@ -82,6 +82,10 @@ class CellSource:
             stop = min(start + block_size, self.n_obs)
             yield Block(start, stop, self.read(start, stop))
 
+    def select(self, rows: np.ndarray) -> CellSource:
+        """Some of the cells, in the order given; shares the files of this source."""
+        return CellSource(SelectedRows(self.reader, rows, None), self.obs_names[rows], self.var, self.where)
+
     def values_per_cell(self) -> float:
         """Mean number of stored values per cell; estimated from the first cells where the storage does not tell."""
         if self.n_obs == 0:

@@ -1,16 +1,15 @@
-"""What every tool does before it computes: load the model, match the genes, check the options and the values."""
+"""What every tool does before it computes: load the model, match the genes, check the options."""
 
 from __future__ import annotations
 
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import __version__, _logging
-from .._counts import CountStats
+from .. import __version__, _logging, engine
 from ..backbones import Backbone, load
 from ..data import open_source
 from ..engine import accepted_options, check_options
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
-    from ..data import Block, CellSource
     from ..genes import GeneMatch
 
     Model = str | os.PathLike[str] | Backbone
@@ -54,22 +52,11 @@ def load_backbone(model: Model, *, device: str, precision: str, weights: str | N
 
 
 @dataclass(frozen=True)
-class Task:
-    """A model, the cells, and what else a run of one over the other needs."""
+class Task(engine.Task):
+    """A run of a tool: what the engine needs, and what is recorded about it."""
 
-    backbone: Backbone
-    source: CellSource
-    match: GeneMatch
-    options: dict[str, Any]
     params: dict[str, Any]
     start: datetime
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """First arguments of ``engine.run`` and ``engine.visit``."""
-        return {"backbone": self.backbone, "source": self.source, "match": self.match, "options": self.options} | {
-            "check": InputCheck(self.backbone, self.source, self.match, self.options)
-        }
 
     def record(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """What was done, to be stored in ``uns``; see :func:`run_record`."""
@@ -171,58 +158,6 @@ def tokenizer_options(
         out["draws"] = draws
     check_options(backbone, out, n_obs)
     return out
-
-
-@dataclass
-class InputCheck:
-    """Looks at every block before it is used: are the values right, are the expressed genes known?
-
-    Parameters
-    ----------
-    backbone, source, match, options
-        The run.
-    """
-
-    backbone: Backbone
-    source: CellSource
-    match: GeneMatch
-    options: dict[str, Any]
-    _stats: CountStats = field(default_factory=CountStats, init=False)
-    _said: set[str] = field(default_factory=set, init=False)
-
-    def __call__(self, block: Block) -> None:
-        """Raise ``ValueError`` at the first block with wrong values, naming the matrix and the remedy."""
-        stats = self._stats.update(block.counts)
-        expected = self.backbone.expected_values(self.options)
-        where, name = self.source.where, self.backbone.name
-        refused = stats.n_negative or stats.n_nan or stats.n_infinite
-        if refused or (stats.n_noninteger and expected == "counts"):
-            msg = f"{where} does not hold what {name} needs: it {stats.problem()}. {stats.remedy()}"
-            raise ValueError(msg)
-        if stats.n_noninteger and expected == "any" and self._once("fractions"):
-            _logging.info(
-                f"    {where} {stats.problem()}; {name} takes them, but gives counts other embeddings: do not mix"
-            )
-        if block.counts.nnz and self._once("first cells"):
-            self._warn_if_few_known(block)
-            if expected == "normalized" and not stats.n_noninteger:
-                _logging.warning(
-                    f"{where} holds whole numbers, although the options of {name} say that it is normalised"
-                )
-
-    def _once(self, what: str) -> bool:
-        if what in self._said:
-            return False
-        self._said.add(what)
-        return True
-
-    def _warn_if_few_known(self, block: Block) -> None:
-        expressed = np.zeros(self.source.n_vars, dtype=bool)
-        expressed[block.counts.indices] = True
-        share = float((self.match.ids[expressed] >= 0).mean())
-        if share < 0.5:
-            hint = self.match.hint or "Are these symbols of human genes? See gene_symbols=, gene_ids= and aliases=."
-            _logging.warning(f"only {share:.1%} of the expressed genes are known to {self.backbone.name}. {hint}")
 
 
 def run_record(

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
-import torch
-from scipy import sparse
 
 from .. import _keys, _logging, engine
 from .._docs import shared_parameters
@@ -18,14 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Literal
 
+    import numpy as np
     from anndata import AnnData
 
     from .._settings import Precision
-    from ..backbones import Backbone, TokenBatch
-    from ..genes import GeneMatch
-    from ._inputs import Aliases, Model, Task
-
-_MEMORY_BYTES = 2 * 2**30
+    from ._inputs import Aliases, Model
 
 
 @shared_parameters
@@ -147,12 +141,12 @@ def reconstruct(
             msg = "adata.raw has other genes than adata; name the genes to predict with genes=[...]"
             raise ValueError(msg)
         if not chosen and genes == "expressed":
-            adata.layers[key] = _expressed(task, progress=progress, **sizes)
+            adata.layers[key] = engine.predict_expressed(task, progress=progress, **sizes)
         else:
-            columns = _columns(task.match, genes)
+            columns = engine.genes_to_predict(task.match, genes)
             if out is None:
-                _check_size(task.source.n_obs, len(columns))
-            values = _everywhere(task, columns, out=out, overwrite=overwrite, progress=progress, **sizes)
+                engine.check_size(task.source.n_obs, len(columns))
+            values = engine.predict_everywhere(task, columns, out=out, overwrite=overwrite, progress=progress, **sizes)
             if out is not None:
                 params["out"] = str(out)
             elif chosen:
@@ -163,72 +157,3 @@ def reconstruct(
     where = str(out) if out is not None else "adata.obsm" if chosen else "adata.layers"
     _logging.info("    finished", time=task.start, deep=f"added\n    {key!r}, predicted expression ({where})")
     return adata if copy else None
-
-
-def _columns(match: GeneMatch, genes: Sequence[str] | str) -> np.ndarray:
-    """Vocabulary ids of the genes to predict; -1 for genes of the data that the model does not know."""
-    if isinstance(genes, str):
-        return match.ids
-    names = np.asarray(list(genes), dtype=object)
-    where = pd.Index(match.names).get_indexer_for(names) if pd.Index(match.names).is_unique else None
-    by_data = np.full(len(names), -1, dtype=np.int64) if where is None else np.where(where >= 0, match.ids[where], -1)
-    ids = np.where(by_data >= 0, by_data, match.vocab.get_ids(names))
-    if (ids < 0).any():
-        msg = f"the model does not know {', '.join(map(str, names[ids < 0][:10]))}"
-        raise KeyError(msg)
-    return ids
-
-
-def _check_size(n_cells: int, n_genes: int) -> None:
-    n_bytes = 4 * n_cells * n_genes
-    if n_bytes > _MEMORY_BYTES:
-        msg = (
-            f"{n_genes:,} genes in {n_cells:,} cells would need {n_bytes / 2**30:.1f} GiB; give a folder with out=, "
-            "choose genes, or predict the expressed ones only (genes='expressed')"
-        )
-        raise MemoryError(msg)
-
-
-def _everywhere(task: Task, columns: np.ndarray, **writing: Any) -> Any:
-    """Predictions of the same genes in all cells, ``(cells, genes)``."""
-    wanted, place = np.unique(columns[columns >= 0], return_inverse=True)
-
-    def compute(backbone: Backbone, tokens: TokenBatch) -> torch.Tensor:
-        table = torch.full((len(tokens), len(wanted)), torch.nan, device=backbone.device)
-        position = torch.full((len(backbone.vocab),), -1, device=backbone.device)
-        position[torch.as_tensor(wanted, device=backbone.device)] = torch.arange(len(wanted), device=backbone.device)
-        for part in backbone.iter_reconstruction(tokens, wanted):
-            table[part.cells, position[part.genes]] = part.values.float()
-        values = torch.full((len(tokens), len(columns)), torch.nan, device=backbone.device)
-        values[:, torch.as_tensor(columns >= 0)] = table[:, torch.as_tensor(place)]
-        return values
-
-    result = engine.run(
-        **task.inputs,
-        compute=compute,
-        shape=(len(columns),),
-        task={"output": "expression", "genes": columns.tolist()},
-        **writing,
-    )
-    return result.array
-
-
-def _expressed(task: Task, **options: Any) -> sparse.csr_matrix:
-    """Predictions of the expressed genes of each cell, in the columns of the data."""
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-
-    def consume(cells: np.ndarray, rows: list) -> None:
-        for part in rows:
-            values = part.values.float().cpu().numpy()
-            parts.append((cells[part.cells.cpu().numpy()], part.genes.cpu().numpy(), values))
-
-    compute = lambda backbone, tokens: list(backbone.iter_reconstruction(tokens))
-    engine.visit(**task.inputs, compute=compute, consume=consume, **options)
-    ids, n_vocab = task.match.ids, len(task.backbone.vocab)
-    empty = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32))
-    cells, genes, values = (np.concatenate(column) for column in zip(empty, *parts, strict=True))
-    table = sparse.csr_matrix((values, (cells, genes)), shape=(task.source.n_obs, n_vocab), dtype=np.float32)
-    # a gene that several columns of the data share has its prediction in each of them
-    known = np.flatnonzero(ids >= 0)
-    spread = sparse.csr_matrix((np.ones(len(known), np.float32), (ids[known], known)), shape=(n_vocab, len(ids)))
-    return (table @ spread).tocsr()

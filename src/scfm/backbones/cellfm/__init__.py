@@ -56,6 +56,7 @@ class CellFMBackbone(Backbone):
     )
     poolings: ClassVar[tuple[str, ...]] = ("cls", "mean")
     specials: ClassVar[tuple[str, ...]] = (PAD,)
+    normalized_option: ClassVar[str] = "pre_normalized=True"
     expression_scale: ClassVar[str] = "log1p of counts per 10,000"
     lora_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention": (r"layers\.\d+\.attention\.(kvqu|out)",),

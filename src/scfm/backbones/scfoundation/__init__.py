@@ -50,6 +50,7 @@ class SCFoundationBackbone(Backbone):
         {"embeds", "gene_embeddings", "gene_states", "reconstructs", "attends", "enhances_depth", "pretrains"}
     )
     poolings: ClassVar[tuple[str, ...]] = POOLINGS
+    normalized_option: ClassVar[str] = "pre_normalized=True"
     expression_scale: ClassVar[str] = "log1p of counts per 10,000 at the wanted read depth"
     lora_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention": (r"(encoder|decoder)\.layers\.\d+\.(qkv|query|key|value|out)",),

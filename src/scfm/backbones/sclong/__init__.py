@@ -49,6 +49,7 @@ class SCLongBackbone(Backbone):
     )
     poolings: ClassVar[tuple[str, ...]] = POOLINGS
     specials: ClassVar[tuple[str, ...]] = (checkpoint.PAD,)
+    normalized_option: ClassVar[str] = "normalization='as_is'"
     expression_scale: ClassVar[str] = "that of the input: log1p of counts per 10,000, by default stretched or cut to 10"
     lora_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention": (r"(large|mini|decoder)\.layers\.\d+\.(query|key|value|out)",),
@@ -56,6 +57,7 @@ class SCLongBackbone(Backbone):
     }
     embedding_modules: ClassVar[tuple[str, ...]] = ("value_embedding", "gene_table", "go")
     layer_stacks: ClassVar[tuple[str, ...]] = tuple(f"{name}.layers" for name in STACKS)
+    self_changing: ClassVar[tuple[str, ...]] = (r"value_embedding\.mask\.weight", r"go\.weight")
     # the graph is data, not weights
     constants: ClassVar[tuple[str, ...]] = ("go.edges", "go.edge_weight")
     module: SCLong

@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="embed bundled cells with a bundled model; needs no network")
     demo.add_argument("-o", "--out", default=".", type=Path, help="folder for scfm_demo.h5ad and scfm_demo.png")
+    demo.add_argument("--all", action="store_true", help="all bundled models instead of one")
     demo.set_defaults(run=_demo)
 
     models = commands.add_parser("models", help="list all checkpoints, or show one")
@@ -59,10 +60,23 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--batch-size", type=int, help="most cells in one forward pass")
     embed.set_defaults(run=_embed)
 
-    pretrain = commands.add_parser("pretrain", help="train a small backbone from scratch with a YAML recipe")
-    pretrain.add_argument("recipe", type=Path)
+    pretrain = commands.add_parser("pretrain", help="train a backbone with a YAML recipe, from scratch or further")
+    pretrain.add_argument("recipe", type=Path, help="YAML file, see scfm.train.Recipe")
     pretrain.add_argument("-o", "--out", required=True, type=Path, help="folder for the new checkpoint")
-    pretrain.add_argument("--device", default="auto")
+    pretrain.add_argument("--checkpoint", help="name or folder of a model to train further")
+    pretrain.add_argument("--max-steps", type=int, help="optimiser steps")
+    pretrain.add_argument("--max-epochs", type=int, help="passes over the cells")
+    pretrain.add_argument("--accumulate", type=int, help="micro-batches of each process in an optimiser step")
+    pretrain.add_argument("--accelerator", default="auto", help="auto, cpu, gpu, mps")
+    pretrain.add_argument("--devices", default="1", help="number of devices on each node, or auto")
+    pretrain.add_argument("--num-nodes", type=int, default=1)
+    pretrain.add_argument("--strategy", default="auto", help="auto, ddp, fsdp")
+    pretrain.add_argument("--precision", help="32-true, bf16-mixed, 16-mixed")
+    pretrain.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="save memory")
+    pretrain.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, help="go on with the run in OUT (default: if there is one)"
+    )
+    pretrain.add_argument("--tensorboard", action="store_true", help="write event files, too")
     pretrain.set_defaults(run=_pretrain)
     return parser
 
@@ -81,7 +95,7 @@ class _Version(argparse.Action):
 def _demo(args: argparse.Namespace) -> None:
     from .demo import run
 
-    scores = run(args.out)
+    scores = run(args.out, models="all") if args.all else run(args.out)
     print(scores.round(3).to_string())
     print(f"\nwrote {args.out / 'scfm_demo.h5ad'} and {args.out / 'scfm_demo.png'}")
 
@@ -123,11 +137,24 @@ def _embed(args: argparse.Namespace) -> None:
 
 
 def _pretrain(args: argparse.Namespace) -> None:
-    from .train import Recipe, pretrain
+    from .train import pretrain
 
-    result = pretrain(Recipe.read(args.recipe), device=args.device)
-    result.backbone.save(args.out)
-    result.history.to_csv(args.out / "history.csv")
+    pretrain(
+        args.recipe,
+        checkpoint=args.checkpoint,
+        out=args.out,
+        resume="auto" if args.resume is None else args.resume,
+        accelerator=args.accelerator,
+        devices=int(args.devices) if args.devices.isdigit() else args.devices,
+        strategy=args.strategy,
+        num_nodes=args.num_nodes,
+        precision=args.precision,
+        accumulate=args.accumulate,
+        gradient_checkpointing=args.gradient_checkpointing,
+        max_steps=args.max_steps,
+        max_epochs=args.max_epochs,
+        loggers=("csv", "tensorboard") if args.tensorboard else ("csv",),
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,56 @@
-"""Training of backbones with their papers' objectives."""
+"""Training of backbones: pre-training with their papers' objectives, adapters, freezing."""
 
 from __future__ import annotations
 
-from ._pretrain import TrainingResult, pretrain
-from ._recipe import Recipe, frequent_genes
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__all__ = ["Recipe", "TrainingResult", "frequent_genes", "pretrain"]
+if TYPE_CHECKING:
+    from ._adapters import add_lora, has_lora, load_adapters, merge_lora, save_adapters
+    from ._freeze import freeze, set_training_mode
+    from ._plan import MicroBatch, PretrainingPlan
+    from ._presets import OPTIMIZATIONS, Optimization, build_optimizer, build_schedule
+    from ._pretrain import TrainingResult, pretrain
+    from ._recipe import Recipe, frequent_genes
+
+# Lightning takes seconds to import, so that nothing is imported before it is used
+_HOMES = {
+    "_adapters": ("add_lora", "has_lora", "load_adapters", "merge_lora", "save_adapters"),
+    "_freeze": ("freeze", "set_training_mode"),
+    "_plan": ("MicroBatch", "PretrainingPlan"),
+    "_presets": ("OPTIMIZATIONS", "Optimization", "build_optimizer", "build_schedule"),
+    "_pretrain": ("TrainingResult", "pretrain"),
+    "_recipe": ("Recipe", "frequent_genes"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "OPTIMIZATIONS",
+    "MicroBatch",
+    "Optimization",
+    "PretrainingPlan",
+    "Recipe",
+    "TrainingResult",
+    "add_lora",
+    "build_optimizer",
+    "build_schedule",
+    "freeze",
+    "frequent_genes",
+    "has_lora",
+    "load_adapters",
+    "merge_lora",
+    "pretrain",
+    "save_adapters",
+    "set_training_mode",
+]
+
+
+def __getattr__(name: str):
+    if name in _HOME_OF:
+        return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import pandas as pd
 import yaml
 
 from ..data import open_source
+from ._presets import OPTIMIZATIONS, Optimization
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,45 +27,112 @@ class Recipe:
     ----------
     name
         Name of the new checkpoint.
-    kind
-        Backbone class.
     sources
         Files with raw counts (``.h5ad`` or ``.zarr``).
+    kind
+        Backbone class of a network with fresh weights.
+    checkpoint
+        Name or path of a checkpoint whose training goes on, instead of ``kind``; it brings its own genes and config.
     config
         Hyper-parameters of the network.
     n_genes
         Size of the vocabulary: the genes detected in the largest share of cells.
-    max_steps, batch_size
-        Optimiser steps, and cells in each.
-    learning_rate, warmup_steps, clip_norm
-        Adam with linear warm-up, cosine decay to zero and gradient clipping.
-    validation_share
-        Share of cells that are never trained on.
+    genes
+        Text file with the genes of the vocabulary, one in a line, instead of ``n_genes``.
+    layer
+        Layer with the counts; ``X`` by default.
+    max_steps, max_epochs
+        Length of the run; ``max_steps`` counts if both are given.
+    batch_size
+        Cells in a micro-batch, which passes through the network at once.
+    tokens_per_batch
+        Most tokens in a micro-batch, padding included; ``batch_size`` then is an upper bound.
+    accumulate
+        Micro-batches of each process in an optimiser step.
+    optimization
+        Optimiser, clipping and schedule: fields of :class:`Optimization`, among them ``preset``, by default the kind of
+        the network.
     objective
         Options of the backbone's objective.
+    objective_from
+        Options that change at a step, such as ``{1000: {cell_prompt: true}}``.
+    validation_share
+        Share of cells that are never trained on.
+    validation_cells
+        Most of them that are looked at for the loss curve.
+    log_every, validate_every, save_every
+        Optimiser steps between rows of the loss curve, losses of held-out cells, and saved states of the run.
+    precision
+        ``"32-true"``, ``"bf16-mixed"``, ``"16-mixed"`` or what else :class:`lightning.pytorch.Trainer` takes.
+    gradient_checkpointing
+        Compute activations again in the backward pass, to save memory.
+    min_genes
+        Cells with fewer expressed genes of the vocabulary are left out.
+    in_memory
+        Whether to read all counts at once; by default if they fit into about a gigabyte.
+    block_size
+        Cells that are read together from files; by default 1 in memory, 128 otherwise. More is faster and shuffles
+        less thoroughly.
+    buffer_cells
+        Cells that are in memory to be shuffled, over all processes.
+    readers
+        Processes that read files, for each process that trains.
     seed
-        Seed of weights, order of cells and masks.
+        Seed of weights, order of cells, masks and dropout.
+
+    Raises
+    ------
+    ValueError
+        If neither or both of ``kind`` and ``checkpoint`` are given, or a field of ``optimization`` is unknown.
     """
 
     name: str
-    kind: str
     sources: tuple[str, ...]
+    kind: str | None = None
+    checkpoint: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     n_genes: int = 8000
-    max_steps: int = 2000
+    genes: str | None = None
+    layer: str | None = None
+    max_steps: int | None = None
+    max_epochs: int | None = None
     batch_size: int = 32
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100
-    clip_norm: float = 1.0
-    validation_share: float = 0.05
+    tokens_per_batch: int | None = None
+    accumulate: int = 1
+    optimization: dict[str, Any] = field(default_factory=dict)
     objective: dict[str, Any] = field(default_factory=dict)
+    objective_from: dict[int, dict[str, Any]] = field(default_factory=dict)
+    validation_share: float = 0.05
+    validation_cells: int = 256
+    log_every: int = 100
+    validate_every: int = 100
+    save_every: int = 1000
+    precision: str = "32-true"
+    gradient_checkpointing: bool = False
+    min_genes: int = 2
+    in_memory: bool | None = None
+    block_size: int | None = None
+    buffer_cells: int = 16_384
+    readers: int = 0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.kind is None) == (self.checkpoint is None):
+            msg = "a recipe needs either kind (a new network) or checkpoint (one that is trained further)"
+            raise ValueError(msg)
+        if self.checkpoint is not None and (self.config or self.genes):
+            msg = "config and genes come with the checkpoint; leave them out"
+            raise ValueError(msg)
+        if not 0 <= self.validation_share < 1:
+            msg = f"validation_share must be at least 0 and less than 1; got {self.validation_share}"
+            raise ValueError(msg)
+        Optimization.from_dict(self.optimization)
 
     @classmethod
     def read(cls, path: str | Path) -> Recipe:
         """Read a YAML file; relative sources are taken from the folder of the file."""
         path = Path(path)
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             msg = f"{path} holds no mapping of recipe fields"
             raise ValueError(msg)
@@ -74,14 +142,37 @@ class Recipe:
             raise ValueError(msg)
         sources = values.pop("sources", ())
         sources = [sources] if isinstance(sources, str) else sources
+        if values.get("genes") is not None:
+            values["genes"] = str(path.parent / values["genes"])
         return cls(sources=tuple(str(path.parent / source) for source in sources), **values)
 
+    def write(self, path: str | Path) -> None:
+        """Write a YAML file that :meth:`read` understands, without fields that have their default."""
+        defaults = {f.name: f.default if f.default_factory is dict else f.default for f in fields(self)}
+        values = {name: value for name, value in asdict(self).items() if value not in (defaults[name], {})}
+        values["sources"] = [str(Path(source).resolve()) for source in self.sources]
+        Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
-def frequent_genes(sources: Sequence[str | Path], n_genes: int) -> list[str]:
+    def changed(self, **values: Any) -> Recipe:
+        """A copy with the fields that are not ``None``; a new ``checkpoint`` takes the place of ``kind``."""
+        values = {name: value for name, value in values.items() if value is not None}
+        if "checkpoint" in values:
+            values |= {"kind": None, "config": {}, "genes": None}
+        if "max_epochs" in values and "max_steps" not in values:
+            values["max_steps"] = None
+        return replace(self, **values)
+
+    def optimization_for(self, kind: str) -> Optimization:
+        """Optimiser and schedule for a network of this kind."""
+        base = {"preset": kind} if kind in OPTIMIZATIONS else {}
+        return Optimization.from_dict({**base, **self.optimization})
+
+
+def frequent_genes(sources: Sequence[str | Path], n_genes: int, *, layer: str | None = None) -> list[str]:
     """Names of the genes that are detected in the largest share of the cells that measure them, sorted by name."""
     detected, measured = pd.Series(dtype=float), pd.Series(dtype=float)
     for path in sources:
-        with open_source(path) as source:
+        with open_source(path, layer=layer) as source:
             counts = np.zeros(source.n_vars)
             for block in source.blocks(_BLOCK):
                 counts += np.bincount(block.counts.indices, minlength=source.n_vars)

@@ -1,0 +1,105 @@
+"""Cells of an AnnData object, as micro-batches of a training run."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import distributed
+
+from ..data import Block
+from ..engine._prefetch import prefetch
+from ..train._plan import MicroBatch
+from ..train._random import generator_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from ..data import CellSource
+    from ..train._plan import PretrainingPlan, Stage
+
+
+class CellBatches:
+    """Cells in random order (training) or as they come (validation), tokenised ahead in a second thread.
+
+    In training, several processes take turns with the batches, so that together they see what one process would see; in
+    validation, each of them sees all cells. The order depends on the seed of the plan and the number of the epoch alone.
+
+    Parameters
+    ----------
+    source
+        All cells.
+    rows
+        Which of them.
+    batch_size
+        Cells of a micro-batch.
+    plan
+        The plan that is going to use them.
+    stage
+        What for.
+    check
+        Called with every block that is read.
+    labels
+        What else the network needs for each cell, by name, one entry for each cell of the source.
+    """
+
+    def __init__(
+        self,
+        source: CellSource,
+        rows: np.ndarray,
+        batch_size: int,
+        plan: PretrainingPlan,
+        stage: Stage,
+        *,
+        check: Callable[[Block], None],
+        labels: dict[str, np.ndarray] | None = None,
+    ) -> None:
+        self.source, self.rows, self.batch_size = source, rows, batch_size
+        self.plan, self.stage, self.check, self.labels = plan, stage, check, labels or {}
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return -(-self._n_batches // self._world()[1])
+
+    @property
+    def _n_batches(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        rows = self.rows
+        if self.stage == "training":
+            generator = generator_for(self.plan.seed, "order", self.epoch)
+            rows = rows[torch.randperm(len(rows), generator=generator).numpy()]
+        with closing(prefetch(self._batches(rows, self.epoch))) as ahead:
+            self.epoch += 1
+            yield from ahead
+
+    def _batches(self, rows: np.ndarray, epoch: int) -> Iterator[MicroBatch]:
+        rank, world = self._world()
+        first = epoch * self._n_batches if self.stage == "training" else 0
+        for place in range(rank, len(self) * world, world):
+            # a process whose turn comes after the last cell still takes the step, with no cells
+            some = rows[place * self.batch_size : (place + 1) * self.batch_size]
+            batch = self._batch(first + place, some)
+            if len(batch) or self.stage == "training":
+                yield batch
+
+    def _batch(self, number: int, rows: np.ndarray) -> MicroBatch:
+        counts = self.source.select(rows).read(0, len(rows))
+        self.check(Block(0, len(rows), counts))
+        tokens = self.plan.tokens(MicroBatch(number, counts), self.stage)
+        if self.labels:
+            labels = {name: torch.as_tensor(values[rows]) for name, values in self.labels.items()}
+            tokens = replace(tokens, per_cell={**tokens.per_cell, **labels})
+        if tokens.valid is not None and not bool(tokens.valid.all()):
+            tokens = tokens.select(np.flatnonzero(tokens.valid.numpy()))
+        return MicroBatch(number, tokens)
+
+    def _world(self) -> tuple[int, int]:
+        """Number of this process, and how many take turns."""
+        if self.stage == "training" and distributed.is_available() and distributed.is_initialized():
+            return distributed.get_rank(), distributed.get_world_size()
+        return 0, 1

@@ -51,7 +51,8 @@ def test_two_processes_equal_one_that_accumulates(kind, strategy, recipe, tmp_pa
     together = scfm.load(tmp_path / "two").module.state_dict()
     for name, value in alone.backbone.module.state_dict().items():
         # gradients of key biases are rounding errors, to which Adam gives the same weight as to all others
-        torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-6 if strategy == "ddp" else 1e-3)
+        noisy = strategy != "ddp" or name.endswith("qkv.bias")
+        torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-3 if noisy else 1e-5)
     one, two = (load_file(tmp_path / name / "training/state/optimizer.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     assert all(value.shape == two[name].shape for name, value in one.items())

@@ -8,44 +8,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
+from tiny import TINY
 
 import scfm
 from scfm.backbones import backbone_class, backbone_kinds, from_config, random_copy
 from scfm.genes import GeneVocab
 
 N_GENES = 40
-SMALL = {
-    "cellfm": {"n_genes": N_GENES, "dim": 16, "n_heads": 2, "n_layers": 2, "n_bins": 8},
-    "scgpt": {"dim": 16, "n_heads": 2, "ffn_dim": 24, "n_layers": 2},
-    "scfoundation": {
-        "n_genes": N_GENES,
-        "encoder_dim": 12,
-        "encoder_depth": 2,
-        "encoder_heads": 3,
-        "decoder_dim": 10,
-        "decoder_depth": 2,
-        "decoder_heads": 2,
-        "decoder_dim_head": 6,
-        "n_bins": 8,
-    },
-    "sclong": {
-        "n_positions": N_GENES + 1,
-        "top_length": 9,
-        "dim": 12,
-        "value_hidden": 8,
-        "n_edges": 5,
-        "large_dim": 16,
-        "large_depth": 2,
-        "large_heads": 2,
-        "large_dim_head": 6,
-        "mini_depth": 1,
-        "mini_heads": 2,
-        "mini_dim_head": 6,
-        "decoder_depth": 1,
-        "decoder_heads": 2,
-        "decoder_dim_head": 6,
-    },
-}
 # models whose values contain the total of all genes of the data, known or not
 TOTAL_OF_ALL_GENES = {"sclong": {"normalization": "as_is"}}
 few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -55,10 +24,9 @@ few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck
 def backbone(request):
     cls = backbone_class(request.param)
     names = [*cls.specials, *(f"GENE{i}" for i in range(N_GENES))]
-    values = SMALL.get(request.param)
-    assert values is not None, f"add a small config for {request.param} to SMALL"
+    assert request.param in TINY, f"add a tiny config for {request.param} to tests/tiny.py"
     vocab = GeneVocab(names, specials=cls.specials)
-    config = cls.config_from_dict(values)
+    config = cls.config_for(TINY[request.param], vocab)
     return from_config(request.param, config, vocab, name="tiny", seed=1)
 
 

@@ -10,42 +10,11 @@ import pandas as pd
 import pytest
 import torch
 from scipy import sparse
+from tiny import TINY
 
 from scfm.backbones import backbone_kinds
 
 N_GENES = 40
-
-# hyper-parameters without the number of genes
-TINY = {
-    "cellfm": {"dim": 16, "n_heads": 2, "n_layers": 2, "n_bins": 8},
-    "scgpt": {"dim": 16, "n_heads": 2, "ffn_dim": 24, "n_layers": 2},
-    "scfoundation": {
-        "encoder_dim": 12,
-        "encoder_depth": 2,
-        "encoder_heads": 3,
-        "n_bins": 8,
-        "decoder_dim": 10,
-        "decoder_depth": 2,
-        "decoder_heads": 2,
-        "decoder_dim_head": 6,
-    },
-    "sclong": {
-        "top_length": 9,
-        "dim": 12,
-        "value_hidden": 8,
-        "n_edges": 5,
-        "large_dim": 16,
-        "large_depth": 2,
-        "large_heads": 2,
-        "large_dim_head": 6,
-        "mini_depth": 1,
-        "mini_heads": 2,
-        "mini_dim_head": 6,
-        "decoder_depth": 1,
-        "decoder_heads": 2,
-        "decoder_dim_head": 6,
-    },
-}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,7 +34,7 @@ def _quiet_lightning():
 
 @pytest.fixture(scope="module", params=backbone_kinds())
 def kind(request):
-    assert request.param in TINY, f"add a tiny config for {request.param}"
+    assert request.param in TINY, f"add a tiny config for {request.param} to tests/tiny.py"
     return request.param
 
 

@@ -17,6 +17,7 @@ from scipy import sparse
 import scfm
 from scfm.backbones import random_copy
 from scfm.models import SCGPT, SCFoundation, model_class
+from scfm.models._backbone import load_backbone
 
 RUN = {"accelerator": "cpu", "batch_size": 16, "enable_progress_bar": False}
 
@@ -559,3 +560,9 @@ def test_kinds_of_other_packages_have_a_class(monkeypatch):
 def test_importing_scfm_does_not_import_scvi_tools():
     code = "import scfm, sys; assert 'models' in dir(scfm); sys.exit('scvi' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_kind_without_a_mini_model_asks_for_a_checkpoint(monkeypatch):
+    monkeypatch.setattr("scfm.models._backbone.find", lambda name: None)
+    with pytest.raises(ValueError, match=r"checkpoint= .* config="):
+        load_backbone("scgpt", None, device="cpu")

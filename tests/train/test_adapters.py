@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import sparse
+from tiny import TINY
 
 import scfm
 from scfm.backbones import backbone_class, backbone_kinds, from_config
@@ -26,36 +27,6 @@ from scfm.train import (
 
 N_GENES = 40
 GENES = np.array([f"GENE{i}" for i in range(N_GENES)])
-TINY = {
-    "cellfm": {"dim": 16, "n_heads": 2, "n_layers": 2, "n_bins": 8},
-    "scgpt": {"dim": 16, "n_heads": 2, "ffn_dim": 24, "n_layers": 2},
-    "scfoundation": {
-        "encoder_dim": 12,
-        "encoder_depth": 2,
-        "encoder_heads": 3,
-        "n_bins": 8,
-        "decoder_dim": 10,
-        "decoder_depth": 2,
-        "decoder_heads": 2,
-        "decoder_dim_head": 6,
-    },
-    "sclong": {
-        "top_length": 9,
-        "dim": 12,
-        "value_hidden": 8,
-        "n_edges": 5,
-        "large_dim": 16,
-        "large_depth": 2,
-        "large_heads": 2,
-        "large_dim_head": 6,
-        "mini_depth": 2,
-        "mini_heads": 2,
-        "mini_dim_head": 6,
-        "decoder_depth": 2,
-        "decoder_heads": 2,
-        "decoder_dim_head": 6,
-    },
-}
 
 
 def make(kind, **changes):
@@ -67,7 +38,7 @@ def make(kind, **changes):
 
 @pytest.fixture(params=backbone_kinds())
 def backbone(request):
-    assert request.param in TINY, f"add a tiny config for {request.param}"
+    assert request.param in TINY, f"add a tiny config for {request.param} to tests/tiny.py"
     return make(request.param)
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 
 from ..backbones import Backbone, backbone_class, from_config, load
 from ..backbones._build import filled
+from ..checkpoints._registry import find
 from ..checkpoints.convert import LoadReport
 from ..genes import GeneVocab
 from ..nn.low_rank import merged_state
@@ -26,7 +27,7 @@ def load_backbone(
     Raises
     ------
     ValueError
-        If the checkpoint is of another kind, or ``options`` are given for a model that is loaded already.
+        If the checkpoint is of another kind, none is given where no mini model is bundled, or ``options`` are given for a model that is loaded already.
     """
     if isinstance(checkpoint, Backbone):
         if options:
@@ -34,8 +35,15 @@ def load_backbone(
             raise ValueError(msg)
         backbone = checkpoint
     else:
-        name = f"{kind}-mini" if checkpoint is None else checkpoint
-        backbone = load(name, device=device, precision="float32", **options)
+        if checkpoint is None and find(f"{kind}-mini") is None:
+            msg = (
+                f"no mini model of {kind} is bundled; give checkpoint= (a name of scfm.checkpoints.list() or a folder), or "
+                "config= to start from fresh weights"
+            )
+            raise ValueError(msg)
+        backbone = load(
+            f"{kind}-mini" if checkpoint is None else checkpoint, device=device, precision="float32", **options
+        )
     if backbone.kind != kind:
         msg = f"{backbone.name} is a {backbone.kind} model; its class is scfm.models.model_class({backbone.kind!r})"
         raise ValueError(msg)

@@ -51,7 +51,7 @@ class FoundationModel(SavingMixin, RepresentationMixin, BaseModelClass):
         Registry of such data, for a model without them.
     checkpoint
         Where the weights come from: a name of :func:`scfm.checkpoints.list`, a folder, or a model from
-        :func:`scfm.load`, which is copied. By default the mini model of this kind.
+        :func:`scfm.load`, which is copied. By default the bundled mini model of this kind, if there is one.
     config
         Hyper-parameters of a network with fresh weights, whose vocabulary holds the genes of ``adata``; instead of
         ``checkpoint``.

@@ -132,6 +132,9 @@ class Recipe:
     def read(cls, path: str | Path) -> Recipe:
         """Read a YAML file; relative sources are taken from the folder of the file."""
         path = Path(path)
+        if not path.is_file():
+            msg = f"there is no recipe at {path}; give a YAML file, see scfm.train.Recipe"
+            raise FileNotFoundError(msg)
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             msg = f"{path} holds no mapping of recipe fields"

@@ -137,3 +137,30 @@ class MindSporeWriter:
 def mindspore_writer():
     """Writer of MindSpore checkpoints, see :class:`MindSporeWriter`."""
     return MindSporeWriter
+
+
+@pytest.fixture(scope="session")
+def make_data():
+    """``make_data(n_cells)``: counts of which cell 3 has none, with batches and labels."""
+
+    def make(n_cells: int = 50, seed: int = 0, n_genes: int = 40):
+        import anndata
+        import numpy as np
+        import pandas as pd
+        from scipy import sparse
+
+        rng = np.random.default_rng(seed)
+        means = rng.gamma(1.0, 1.5, size=(3, n_genes))[np.arange(n_cells) % 3]
+        counts = rng.poisson(means).astype(np.float32)
+        counts[3] = 0
+        obs = pd.DataFrame(
+            {
+                "batch": np.array(["a", "b"])[np.arange(n_cells) % 2],
+                "label": np.array(list("xyz"))[np.arange(n_cells) % 3],
+            },
+            index=[f"cell{i}" for i in range(n_cells)],
+        )
+        var = pd.DataFrame(index=[f"GENE{i}" for i in range(n_genes)])
+        return anndata.AnnData(sparse.csr_matrix(counts), obs=obs, var=var)
+
+    return make

@@ -14,13 +14,13 @@ from ._errors import CheckpointError, LicenseError, MissingExtraError, OfflineEr
 from ._settings import settings
 
 if TYPE_CHECKING:
-    from . import baselines, checkpoints, genes, metrics, models, pl, pp, tl, train
+    from . import baselines, benchmark, checkpoints, genes, metrics, models, pl, pp, tl, train
     from .backbones import Backbone, load
 
 __version__ = version("scfm")
 
 # torch and scanpy are imported when something of theirs is first used, so that `import scfm` stays cheap
-_LAZY_MODULES = {"pp", "tl", "pl", "checkpoints", "genes", "metrics", "models", "baselines", "train"}
+_LAZY_MODULES = {"pp", "tl", "pl", "checkpoints", "genes", "metrics", "models", "baselines", "benchmark", "train"}
 _LAZY_NAMES = {"load": "backbones", "Backbone": "backbones"}
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "baselines",
+    "benchmark",
     "checkpoints",
     "genes",
     "load",

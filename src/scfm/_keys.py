@@ -29,6 +29,7 @@ GENE_MATCH = "scfm_gene"
 GENE_MATCH_HOW = "scfm_match"
 GENE_MATCH_RECORD = "match_genes"
 COMPARISON = "compare_embeddings"
+ENHANCED = "enhanced"
 
 
 def clusters(embedding_name: str) -> str:
@@ -39,3 +40,48 @@ def clusters(embedding_name: str) -> str:
 def umap(embedding_name: str) -> str:
     """Slot of ``obsm`` for the UMAP of an embedding."""
     return f"X_umap_{embedding_name}"
+
+
+def depth_share(key: str) -> str:
+    """Column of ``obs`` for the counts of each cell as a share of the read depth that was asked for."""
+    return f"{key}_depth_share"
+
+
+def mapped(labels_key: str) -> str:
+    """Column of ``obs`` for labels that come from the column ``labels_key`` of a reference; its record in ``uns`` is called alike."""
+    return f"{labels_key}_mapped"
+
+
+def predicted(labels_key: str) -> str:
+    """Column of ``obs`` for labels that a model learned from the column ``labels_key`` of a reference."""
+    return f"{labels_key}_predicted"
+
+
+def confidence(key: str) -> str:
+    """Column of ``obs`` for the confidence of the labels in the column ``key``."""
+    return f"{key}_confidence"
+
+
+def probabilities(key: str) -> str:
+    """Slot of ``obsm`` for the probabilities of the labels in the column ``key``."""
+    return f"{key}_proba"
+
+
+def colors(key: str) -> str:
+    """Slot of ``uns`` where Scanpy keeps the colours of the categories in the column ``key``."""
+    return f"{key}_colors"
+
+
+def integrated(model: str) -> str:
+    """Slot of ``obsm`` for the embedding in which ``model`` joins batches."""
+    return f"X_{model}_integrated"
+
+
+def integrated_record(model: str) -> str:
+    """Slot of ``uns`` for the record of that embedding."""
+    return f"{model}_integrated"
+
+
+def neighbors(key: str) -> str:
+    """Slot of ``uns`` for the graph of the cells in the embedding ``key``; those of ``obsp`` begin with it."""
+    return f"{key}_neighbors"

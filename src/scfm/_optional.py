@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 _EXTRAS = {
+    "bbknn": "bbknn",
     "dask": "dask",
     "faiss": "faiss",
     "flash_attn": "flash-attn",
     "gseapy": "enrichment",
+    "harmonypy": "harmony",
     "peft": "lora",
     "performer_pytorch": "performer",
     "rdkit": "chem",

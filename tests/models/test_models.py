@@ -113,7 +113,8 @@ def test_processes_take_turns_with_the_batches_of_one(adata, kind, tiny, monkeyp
 
         def batches(rank, world):
             monkeypatch.setattr(CellBatches, "_world", lambda _: (rank, world))
-            data = CellBatches(task.source, np.arange(40), 6, plan, "training", check=check)
+            data = CellBatches(task.source, np.arange(40), 6, "training", seed=plan.seed, check=check)
+            data.plan = plan
             epochs = [list(data) for _ in range(2)]
             assert all(len(epoch) == len(data) for epoch in epochs)
             return {b.number: b.cells.flat_ids for epoch in epochs for b in epoch if len(b)}

@@ -7,6 +7,8 @@ import pytest
 import zarr
 from scipy import sparse
 
+from scfm import engine
+from scfm.data import open_source
 from scfm.tl import reconstruct
 
 
@@ -109,3 +111,32 @@ def test_a_result_too_large_for_memory_is_refused(adata, scgpt, monkeypatch):
     monkeypatch.setattr("scfm.engine._expression._MEMORY_BYTES", 1000)
     with pytest.raises(MemoryError, match="out="):
         reconstruct(adata, scgpt, genes="all")
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_other_genes_of_each_cell_are_the_same_numbers(adata, model, batch_size):
+    counts = adata.X.tolil()
+    counts[3] = 0
+    adata.X = counts.tocsr()
+    reconstruct(adata, model, genes="all", key_added="whole", progress=False)
+    chosen = sparse.random_array(
+        (adata.n_obs, len(model.vocab)), density=0.2, rng=np.random.default_rng(1), format="csr"
+    )
+    known = np.zeros(len(model.vocab), dtype=bool)
+    columns = np.array([model.vocab[f"GENE{i}"] for i in range(50)])
+    known[columns] = True
+    chosen = sparse.csr_matrix(chosen.multiply(known))
+    chosen.eliminate_zeros()
+    chosen.sort_indices()
+    match = model.vocab.match(list(adata.var_names))
+    with open_source(adata) as source:
+        task = engine.Task(model, source, match, {})
+        values = engine.predict_at(task, chosen, batch_size=batch_size, progress=False)
+        nothing = engine.predict_at(task, sparse.csr_matrix(chosen.shape), progress=False)
+    assert values.shape == (chosen.nnz,)
+    assert nothing.shape == (0,)
+    whole = np.full(chosen.shape, np.nan, dtype=np.float32)
+    whole[:, columns] = adata.layers["whole"][:, :50]
+    np.testing.assert_allclose(values, whole[chosen.nonzero()], atol=1e-5)
+    assert np.isnan(values[chosen.indptr[3] : chosen.indptr[4]]).all()
+    assert np.isfinite(values[: chosen.indptr[3]]).all()

@@ -17,6 +17,7 @@ from anndata import AnnData
 from scipy import sparse
 
 import scfm
+from scfm.backbones.sclong import GOGraph
 from scfm.cli import main
 from scfm.train import Recipe, frequent_genes, pretrain
 from scfm.train._keeper import RunKeeper
@@ -80,6 +81,49 @@ def test_loss_of_held_out_cells_falls_and_the_model_embeds(recipe, tmp_path):
     assert Recipe.read(tmp_path / "model" / "recipe.yaml") == longer
     ax = scfm.pl.training_curve(result.history, show=False)
     assert [line.get_label() for line in ax.lines][:2] == ["loss", "validation loss"]
+
+
+# -- annotations of genes -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def annotations(tmp_path):
+    """Terms of 20 genes, some of which no file has: five groups of genes with the same terms."""
+    lines = [f"G{i}\tGO:{term:07d}" for i in range(0, 60, 3) for term in (i % 5, 10 + i % 5)]
+    path = tmp_path / "go.tsv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_the_graph_of_sclong_comes_from_annotations(recipe, annotations, tmp_path):
+    result = pretrain(recipe("sclong", annotations=str(annotations)), out=tmp_path / "model")
+    backbone, go = result.backbone, result.backbone.module.go
+    expected = GOGraph.from_annotations(annotations, backbone.vocab)
+    assert backbone.config.n_edges == len(expected) > 0
+    assert torch.equal(go.edges, expected.edges)
+    assert torch.equal(go.edge_weight, expected.weight)
+    loaded = scfm.load(tmp_path / "model")
+    assert torch.equal(loaded.module.go.edges, expected.edges)
+    assert torch.equal(scfm.backbones.random_copy(loaded).module.go.edges, expected.edges)
+    assert Recipe.read(tmp_path / "model" / "recipe.yaml").annotations == str(annotations)
+
+
+def test_a_run_goes_on_with_the_same_annotations_only(recipe, annotations, stop_after, tmp_path):
+    given = recipe("sclong", annotations=str(annotations))
+    whole = pretrain(given)
+    with pytest.raises(stop_after(4)):
+        pretrain(given, out=tmp_path / "model")
+    with pytest.raises(ValueError, match="differs in annotations, config"):
+        pretrain(recipe("sclong"), out=tmp_path / "model")
+    moved = annotations.rename(tmp_path / "moved.tsv")
+    assert_same_run(pretrain(replace(given, annotations=str(moved)), out=tmp_path / "model"), whole)
+
+
+def test_annotations_that_nothing_is_made_of_are_refused(recipe, annotations):
+    with pytest.raises(scfm.UnsupportedError, match="scgpt learns nothing from annotations"):
+        pretrain(recipe("scgpt", annotations=str(annotations)))
+    with pytest.raises(ValueError, match="annotations come with the checkpoint"):
+        Recipe(name="more", sources=("a.h5ad",), checkpoint="scgpt-mini", annotations="go.tsv")
 
 
 @pytest.mark.parametrize("kind", list(SMALL))

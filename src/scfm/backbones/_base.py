@@ -13,6 +13,7 @@ import torch
 
 from .._errors import UnsupportedError
 from .._settings import Precision, settings
+from ._fine_tuning import FineTuning, ZeroShot
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -117,11 +118,21 @@ class Backbone(ABC):
     normalized_option: ClassVar[str] = ""
     # entries of the state dict that are data, such as a graph; copies with fresh weights keep them
     constants: ClassVar[tuple[str, ...]] = ()
+    # entries of the state dict with a row for each entry of the vocabulary, in its order; further rows may follow
+    vocab_tables: ClassVar[tuple[str, ...]] = ()
     # regular expressions for whole names of submodules: where low-rank adapters go, and what embeds genes and values
     lora_targets: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     embedding_modules: ClassVar[tuple[str, ...]] = ()
     # names of the lists of layers, each in the order in which data pass through them
     layer_stacks: ClassVar[tuple[str, ...]] = ("layers",)
+    # classifiers that a network of this kind can hold, the one of the paper first; other heads lie outside of it
+    class_heads: ClassVar[tuple[str, ...]] = ()
+    # names of the submodules that belong to a task, not to the pre-trained model
+    head_modules: ClassVar[tuple[str, ...]] = ()
+    # whether the authors fine-tune for the integration of batches: integration_config and _integration_loss do it
+    integrates: ClassVar[bool] = False
+    # names of the submodules with weights for single batches of the data
+    batch_modules: ClassVar[tuple[str, ...]] = ()
     # regular expressions for whole names of parameters that a training pass changes by itself, beside the optimiser
     self_changing: ClassVar[tuple[str, ...]] = ()
 
@@ -200,6 +211,11 @@ class Backbone(ABC):
         """Tokens as the pre-training objective expects them; ``generator`` drives what is random about them."""
         return self.tokenize(counts, genes)
 
+    def set_gene_annotations(self, annotations: str | Path) -> None:
+        """Give a new network what is known about its genes, from a file; for models that learn from such."""
+        msg = f"{self.kind} learns nothing from annotations of genes; leave them out"
+        raise UnsupportedError(msg)
+
     def expected_values(self, options: Mapping[str, Any]) -> Literal["counts", "normalized", "any"]:
         """What a matrix has to hold for these tokenizer options.
 
@@ -207,6 +223,35 @@ class Backbone(ABC):
         values both serve. Negative, missing and infinite values are never allowed.
         """
         return "counts"
+
+    def fine_tuning(self, task: str) -> FineTuning:
+        """How the paper fine-tunes for ``"annotation"`` or ``"integration"``; override it where the paper does."""
+        return FineTuning()
+
+    @classmethod
+    def zero_shot(cls, task: str) -> ZeroShot:
+        """How the paper embeds for a task such as ``"integration"`` without training; override it where it says so."""
+        return ZeroShot()
+
+    def integration_config(self, n_batches: int) -> Any:
+        """Config of a network that can be fine-tuned for the integration of so many batches."""
+        msg = f"the authors of {self.kind} publish no fine-tuning for integration"
+        raise UnsupportedError(msg)
+
+    def tokenize_for_integration(
+        self,
+        counts: csr_matrix,
+        genes: Sequence[str] | np.ndarray | GeneMatch,
+        generator: torch.Generator,
+        **options: Any,
+    ) -> TokenBatch:
+        """Tokens as :meth:`integration_loss` expects them; ``options`` are those of :meth:`tokenize`."""
+        return self.tokenize(counts, genes, **options)
+
+    def config_with_classes(self, n_classes: int, head: str) -> Any:
+        """Config of a network that holds the classifier ``head``, one of ``class_heads``."""
+        msg = f"{self.kind} has no classifier of its own"
+        raise UnsupportedError(msg)
 
     def prepare(self, blocks: Any, match: GeneMatch, options: dict[str, Any]) -> dict[str, Any]:
         """Complete tokenizer options that depend on the whole data set; ``blocks`` yields CSR blocks."""
@@ -221,6 +266,11 @@ class Backbone(ABC):
     def _iter_reconstruction(self, tokens: TokenBatch, genes: Tensor | None) -> Iterator[GeneRows]: ...  # noqa: B027
     def _attention(self, tokens: TokenBatch, layer: int, **options: Any) -> Tensor: ...  # noqa: B027
     def _pretraining_loss(self, tokens: TokenBatch, generator: torch.Generator, **options: Any) -> Any: ...  # noqa: B027
+    def _class_logits(self, tokens: TokenBatch) -> tuple[Tensor, ...]: ...  # noqa: B027
+    def _integration_loss(self, tokens: TokenBatch, generator: torch.Generator, **options: Any) -> Any: ...  # noqa: B027
+
+    def _cell_states(self, tokens: TokenBatch, pooling: str, **options: Any) -> Tensor:
+        return self._embed(tokens, pooling, **options)
 
     # -- what everybody calls ------------------------------------------------------------------------------------
 
@@ -379,6 +429,59 @@ class Backbone(ABC):
         self.require("pretrains")
         return self._pretraining_loss(tokens.to(self.device), generator, **options)
 
+    def cell_states(self, tokens: TokenBatch, *, pooling: str | None = None, **options: Any) -> Tensor:
+        """Cell embeddings with gradients if they are enabled, before any normalisation, ``(cells, dim)``.
+
+        Heads that are fine-tuned start from them. All cells have to be valid.
+        """
+        self.require("embeds")
+        return self._cell_states(tokens.to(self.device), self.check_pooling(pooling), **options)
+
+    def class_logits(self, tokens: TokenBatch) -> tuple[Tensor, ...]:
+        """Logits of the classifier that the network holds, with gradients if they are enabled.
+
+        Returns
+        -------
+        Tensors ``(cells, classes)``. Classes are predicted from the first; all of them are trained.
+
+        Raises
+        ------
+        UnsupportedError
+            If the network holds none.
+        """
+        if not getattr(self.config, "n_classes", 0):
+            msg = f"{self.name} holds no classifier; see scfm.models.CellTypeClassifier"
+            raise UnsupportedError(msg)
+        return self._class_logits(tokens.to(self.device))
+
+    def integration_loss(self, tokens: TokenBatch, generator: torch.Generator | None = None, **options: Any) -> Any:
+        """The loss with which the authors fine-tune for the integration of batches.
+
+        Parameters
+        ----------
+        tokens
+            Cells of :meth:`tokenize_for_integration`, all valid, with the number of the batch of each cell as
+            ``per_cell["batch"]`` for models that look at it.
+        generator
+            Source of the random part, on the CPU.
+        options
+            What the loss of the model takes.
+
+        Returns
+        -------
+        An object whose ``total`` is minimised.
+
+        Raises
+        ------
+        UnsupportedError
+            If the authors publish none.
+        """
+        if not self.integrates:
+            able = [kind for kind in backbone_kinds() if _integrates(kind)]
+            msg = f"the authors of {self.kind} publish no fine-tuning for integration; those of {', '.join(able)} do"
+            raise UnsupportedError(msg)
+        return self._integration_loss(tokens, generator, **options)
+
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Save weights, config, vocabulary and provenance to a directory that :func:`scfm.load` reads."""
         from ..checkpoints import store
@@ -426,6 +529,13 @@ def _can(kind: str, capability: str) -> bool:
     try:
         return capability in backbone_class(kind).capabilities
     except (ImportError, AttributeError):  # a broken third-party package must not hide the real message
+        return False
+
+
+def _integrates(kind: str) -> bool:
+    try:
+        return backbone_class(kind).integrates
+    except (ImportError, AttributeError):
         return False
 
 

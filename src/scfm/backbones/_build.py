@@ -151,5 +151,5 @@ def random_copy(backbone: Backbone, seed: int = 0) -> Backbone:
         precision=str(backbone.dtype).removeprefix("torch."),
     )
     state = backbone.module.state_dict()
-    copy.module.load_state_dict({name: state[name] for name in backbone.constants}, strict=False)
+    copy.module.load_state_dict({name: state[name] for name in backbone.constants if name in state}, strict=False)
     return copy

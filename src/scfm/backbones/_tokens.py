@@ -42,6 +42,8 @@ class TokenBatch:
         What :attr:`ids` and :attr:`values` hold at padded positions.
     per_cell
         What else the model needs for each cell (batch labels, read depth ...), each of shape ``(cells, ...)``.
+    per_token
+        What else it needs for each token, each of shape ``(tokens,)``.
     queries
         Positions the encoder does not see but the model is to predict, as a second ragged set over the same cells.
     valid
@@ -56,6 +58,7 @@ class TokenBatch:
     per_cell: Mapping[str, Tensor] = field(default_factory=dict)
     queries: TokenBatch | None = None
     valid: Tensor | None = None
+    per_token: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.offsets.numel() - 1
@@ -92,7 +95,8 @@ class TokenBatch:
         """Whether all cells have the same length, so that no padding exists."""
         return len(self) < 2 or bool((self.lengths == self.lengths[0]).all())
 
-    def _padded(self, flat: Tensor, fill: float) -> Tensor:
+    def padded(self, flat: Tensor, fill: float) -> Tensor:
+        """Lay out something about each token, ``(tokens,)``, right-padded with ``fill`` as ``(cells, max_length)``."""
         if self.is_rectangular:
             return flat.view(len(self), -1) if len(self) else flat.new_empty(0, 0)
         out = flat.new_full((len(self), self.max_length), fill)
@@ -109,13 +113,13 @@ class TokenBatch:
     @_kept
     def ids(self) -> Tensor:
         """Vocabulary ids, right-padded with ``pad_id``, shape ``(cells, max_length)``."""
-        return self._padded(self.flat_ids, self.pad_id)
+        return self.padded(self.flat_ids, self.pad_id)
 
     @cached_property
     @_kept
     def values(self) -> Tensor:
         """Expression channel, right-padded with ``pad_value``, shape ``(cells, max_length)``."""
-        return self._padded(self.flat_values, self.pad_value)
+        return self.padded(self.flat_values, self.pad_value)
 
     def select(self, cells: Tensor | np.ndarray | Sequence[int] | slice) -> TokenBatch:
         """Take cells, in the order given."""
@@ -134,6 +138,7 @@ class TokenBatch:
             per_cell={key: value[cells] for key, value in self.per_cell.items()},
             queries=None if self.queries is None else self.queries.select(cells),
             valid=None if self.valid is None else self.valid[cells],
+            per_token={key: value[where] for key, value in self.per_token.items()},
         )
 
     def to(self, device: torch.device | str) -> TokenBatch:
@@ -149,6 +154,7 @@ class TokenBatch:
             per_cell={key: _float32_if_needed(value, device).to(**move) for key, value in self.per_cell.items()},
             queries=None if self.queries is None else self.queries.to(device),
             valid=None if self.valid is None else self.valid.to(**move),
+            per_token={key: _float32_if_needed(value, device).to(**move) for key, value in self.per_token.items()},
         )
 
     @classmethod
@@ -160,11 +166,13 @@ class TokenBatch:
         pad_id: int,
         pad_value: float,
         padding: Tensor | None = None,
+        per_token: Mapping[str, Tensor] | None = None,
         **parts: object,
     ) -> TokenBatch:
         """Build a batch from padded arrays of shape ``(cells, length)``.
 
-        ``padding`` is True at positions to leave out; by default these are the positions whose id is ``pad_id``.
+        ``padding`` is True at positions to leave out; by default these are the positions whose id is ``pad_id``. Entries
+        of ``per_token`` are of the same shape.
         """
         ids, values = torch.as_tensor(ids), torch.as_tensor(values)
         if ids.shape != values.shape or ids.ndim != 2:
@@ -178,6 +186,7 @@ class TokenBatch:
         flat_values = values[keep]
         if not flat_values.is_floating_point():
             flat_values = flat_values.to(torch.float32)
+        parts["per_token"] = {key: torch.as_tensor(value)[keep] for key, value in (per_token or {}).items()}
         return cls(ids[keep].to(torch.int64), flat_values, offsets, pad_id, pad_value, **parts)
 
 

@@ -41,7 +41,27 @@ class KeyRule:
 
 @dataclass
 class LoadReport:
-    """What happened to every key of a checkpoint."""
+    """What happened to every key of a checkpoint.
+
+    Parameters
+    ----------
+    loaded
+        Tensors of the network that were filled.
+    renamed
+        Names in the file and in the network, where they differ.
+    dropped
+        Keys that were left out, and why.
+    missing
+        Tensors of the network that the file lacks.
+    unexpected
+        Keys that no rule knows.
+    reshaped
+        Shapes in the file and in the network, where they differ.
+    fresh
+        Tensors that were made anew when the network got another form, see :func:`scfm.backbones.rebuilt`.
+    partly
+        Rows filled and rows there are, of tensors filled in part.
+    """
 
     loaded: list[str] = field(default_factory=list)
     renamed: dict[str, str] = field(default_factory=dict)
@@ -49,6 +69,8 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     reshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    fresh: list[str] = field(default_factory=list)
+    partly: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -72,8 +94,11 @@ class LoadReport:
 
     def __str__(self) -> str:
         lines = [f"{len(self.loaded)} tensors loaded, {len(self.renamed)} of them renamed"]
-        lines += [f"dropped on purpose: {key} ({reason})" for key, reason in self.dropped.items()]
-        for title in ("missing", "unexpected"):
+        reasons = dict.fromkeys(self.dropped.values())
+        grouped = {reason: [key for key, why in self.dropped.items() if why == reason] for reason in reasons}
+        lines += [f"dropped on purpose: {_some(keys)} ({reason})" for reason, keys in grouped.items()]
+        lines += [f"filled in part: {key} ({rows:,} of {n:,} rows)" for key, (rows, n) in self.partly.items()]
+        for title in ("fresh", "missing", "unexpected"):
             if keys := getattr(self, title):
                 lines.append(f"{title}: {_some(keys)}")
         if self.reshaped:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._expression import check_size, genes_to_predict, predict_everywhere, predict_expressed
+from ._expression import check_size, genes_to_predict, predict_at, predict_everywhere, predict_expressed
 from ._gene_means import GeneMeans, by_column, genes_to_average
 from ._options import accepted_options, check_options, is_per_cell
 from ._plan import Limits, plan_batches
@@ -23,6 +23,7 @@ __all__ = [
     "genes_to_predict",
     "is_per_cell",
     "plan_batches",
+    "predict_at",
     "predict_everywhere",
     "predict_expressed",
     "run",

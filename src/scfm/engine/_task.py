@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,9 +41,13 @@ class Task:
     @property
     def inputs(self) -> dict[str, Any]:
         """First arguments of :func:`scfm.engine.run` and :func:`scfm.engine.visit`."""
-        return {"backbone": self.backbone, "source": self.source, "match": self.match, "options": self.options} | {
-            "check": InputCheck(self.backbone, self.source, self.match, self.options)
-        }
+        names = ("backbone", "source", "match", "options", "check")
+        return {name: getattr(self, name) for name in names}
+
+    @cached_property
+    def check(self) -> InputCheck:
+        """Looks at every block; one for all passes over the cells, so that nothing is said twice."""
+        return InputCheck(self.backbone, self.source, self.match, self.options)
 
 
 @dataclass

@@ -2,7 +2,41 @@
 
 from __future__ import annotations
 
+from ._annotation import annotation_scores, class_scores, confusion_matrix
+from ._chemical import signature_scores
 from ._clustering import clustering_agreement, label_silhouette
+from ._integration import batch_silhouette, graph_connectivity, integration_scores
+from ._interaction import distance_correlation, genetic_interaction, interaction_magnitude
+from ._matched_clustering import matched_clustering_scores
+from ._neighbors import clusters_by_bisection, leiden_clusters, neighbor_graph
+from ._network import edges_from_matrix, network_scores, similarity_adjacency
+from ._perturbation import condition_means, perturbation_scores
+from ._recovery import recovery_scores
 from ._scib import has_scib, scib_scores
 
-__all__ = ["clustering_agreement", "has_scib", "label_silhouette", "scib_scores"]
+__all__ = [
+    "annotation_scores",
+    "batch_silhouette",
+    "class_scores",
+    "clustering_agreement",
+    "clusters_by_bisection",
+    "condition_means",
+    "confusion_matrix",
+    "distance_correlation",
+    "edges_from_matrix",
+    "genetic_interaction",
+    "graph_connectivity",
+    "has_scib",
+    "integration_scores",
+    "interaction_magnitude",
+    "label_silhouette",
+    "leiden_clusters",
+    "matched_clustering_scores",
+    "neighbor_graph",
+    "network_scores",
+    "perturbation_scores",
+    "recovery_scores",
+    "scib_scores",
+    "signature_scores",
+    "similarity_adjacency",
+]

@@ -7,8 +7,21 @@ from typing import ClassVar
 
 from ..backbones import backbone_kinds
 from ._base import FoundationModel
+from ._classifier import CellTypeClassifier
+from ._integrator import BatchIntegrator
+from ._task import TaskModel
 
-__all__ = ["SCGPT", "CellFM", "FoundationModel", "SCFoundation", "SCLong", "model_class"]
+__all__ = [
+    "SCGPT",
+    "BatchIntegrator",
+    "CellFM",
+    "CellTypeClassifier",
+    "FoundationModel",
+    "SCFoundation",
+    "SCLong",
+    "TaskModel",
+    "model_class",
+]
 
 
 class SCGPT(FoundationModel):

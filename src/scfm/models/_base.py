@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -15,13 +16,14 @@ from scvi.data.fields import CategoricalObsField
 from scvi.model.base import BaseModelClass
 
 from .. import _logging
+from ..train._plan import PretrainingPlan
 from ._alignment import align
 from ._backbone import load_backbone, new_backbone
 from ._fields import GENES_KEY, CountsField, GeneField
 from ._module import FoundationModule
 from ._representations import RepresentationMixin
 from ._saving import SavingMixin
-from ._training import choose_optimization, fit, seed_or_default
+from ._training import choose_optimization, fit, seed_or_default, split_cells, trainable
 
 if TYPE_CHECKING:
     import os
@@ -301,10 +303,15 @@ class FoundationModel(SavingMixin, RepresentationMixin, BaseModelClass):
             If shares make no sense, early stopping has nothing to watch, or values are no counts where they are needed.
         """
         self._validate_anndata()
+        seed = seed_or_default(seed)
+        optimization = choose_optimization(self.backbone, optimization, lr, weight_decay)
         self._is_training = True
         try:
             fit(
                 self,
+                partial(PretrainingPlan, self.backbone, optimization, objective=objective),
+                trainable(self.backbone, freeze),
+                split_cells(self.adata.n_obs, train_size, validation_size, seed),
                 max_epochs=max_epochs,
                 max_steps=max_steps,
                 accelerator=accelerator,
@@ -312,14 +319,9 @@ class FoundationModel(SavingMixin, RepresentationMixin, BaseModelClass):
                 strategy=strategy,
                 precision=precision,
                 batch_size=batch_size,
-                train_size=train_size,
-                validation_size=validation_size,
                 early_stopping=early_stopping,
                 early_stopping_patience=early_stopping_patience,
-                optimization=choose_optimization(self.backbone, optimization, lr, weight_decay),
-                objective=objective,
-                freeze=freeze,
-                seed=seed_or_default(seed),
+                seed=seed,
                 log_every_n_steps=log_every_n_steps,
                 **trainer_kwargs,
             )

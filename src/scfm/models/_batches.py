@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from ..data import CellSource
-    from ..train._plan import PretrainingPlan, Stage
+    from ..train._plan import Stage, TrainingPlan
 
 
 class CellBatches:
@@ -36,53 +36,73 @@ class CellBatches:
         Which of them.
     batch_size
         Cells of a micro-batch.
-    plan
-        The plan that is going to use them.
     stage
         What for.
+    seed
+        Seed of the order.
     check
         Called with every block that is read.
     labels
         What else the network needs for each cell, by name, one entry for each cell of the source.
+    groups
+        Group of each cell of the source, if the cells of a micro-batch are to come from one group.
+
+    Attributes
+    ----------
+    plan
+        The plan that is going to use them; has to be set before the first batch.
     """
+
+    plan: TrainingPlan
 
     def __init__(
         self,
         source: CellSource,
         rows: np.ndarray,
         batch_size: int,
-        plan: PretrainingPlan,
         stage: Stage,
         *,
+        seed: int,
         check: Callable[[Block], None],
         labels: dict[str, np.ndarray] | None = None,
+        groups: np.ndarray | None = None,
     ) -> None:
-        self.source, self.rows, self.batch_size = source, rows, batch_size
-        self.plan, self.stage, self.check, self.labels = plan, stage, check, labels or {}
+        self.source, self.rows, self.batch_size, self.stage = source, rows, batch_size, stage
+        self.seed, self.check, self.labels = seed, check, labels or {}
+        self.groups = np.zeros(len(rows), dtype=np.int64) if groups is None else groups[rows]
+        self.n_batches = int(sum(-(-n // batch_size) for n in np.unique(self.groups, return_counts=True)[1]))
         self.epoch = 0
 
     def __len__(self) -> int:
-        return -(-self._n_batches // self._world()[1])
-
-    @property
-    def _n_batches(self) -> int:
-        return -(-len(self.rows) // self.batch_size)
+        return -(-self.n_batches // self._world()[1])
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        rows = self.rows
-        if self.stage == "training":
-            generator = generator_for(self.plan.seed, "order", self.epoch)
-            rows = rows[torch.randperm(len(rows), generator=generator).numpy()]
-        with closing(prefetch(self._batches(rows, self.epoch))) as ahead:
+        with closing(prefetch(self._batches(self._divided(), self.epoch))) as ahead:
             self.epoch += 1
             yield from ahead
 
-    def _batches(self, rows: np.ndarray, epoch: int) -> Iterator[MicroBatch]:
+    def _divided(self) -> list[np.ndarray]:
+        """Cells of each micro-batch, in random order in training."""
+        rows, groups = self.rows, self.groups
+        shuffled = self.stage == "training"
+        generator = generator_for(self.seed, "order", self.epoch)
+        if shuffled:
+            order = torch.randperm(len(rows), generator=generator).numpy()
+            rows, groups = rows[order], groups[order]
+        rows = rows[np.argsort(groups, kind="stable")]
+        ends = np.cumsum(np.unique(groups, return_counts=True)[1])
+        parts = np.split(rows, ends[:-1]) if len(ends) else []
+        out = [part[i : i + self.batch_size] for part in parts for i in range(0, len(part), self.batch_size)]
+        if shuffled and len(parts) > 1:
+            out = [out[i] for i in torch.randperm(len(out), generator=generator).tolist()]
+        return out
+
+    def _batches(self, parts: list[np.ndarray], epoch: int) -> Iterator[MicroBatch]:
         rank, world = self._world()
-        first = epoch * self._n_batches if self.stage == "training" else 0
+        first = epoch * self.n_batches if self.stage == "training" else 0
         for place in range(rank, len(self) * world, world):
             # a process whose turn comes after the last cell still takes the step, with no cells
-            some = rows[place * self.batch_size : (place + 1) * self.batch_size]
+            some = parts[place] if place < len(parts) else self.rows[:0]
             batch = self._batch(first + place, some)
             if len(batch) or self.stage == "training":
                 yield batch

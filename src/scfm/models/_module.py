@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..backbones import Backbone, TokenBatch
+    from ..tasks.learner import Learner
 
 
 class FoundationModule(BaseModuleClass):
@@ -55,3 +56,30 @@ class FoundationModule(BaseModuleClass):
         tokens = tensors["tokens"]
         loss = self.backbone.pretraining_loss(tokens, generator, **objective).total
         return LossOutput(loss=loss, n_obs_minibatch=len(tokens))
+
+
+class TaskModule(FoundationModule):
+    """Network of a model and its head for a task.
+
+    ``inference`` gives cell embeddings, ``loss`` the loss of the task.
+
+    Parameters
+    ----------
+    learner
+        The model and its head.
+    """
+
+    def __init__(self, learner: Learner) -> None:
+        super().__init__(learner.backbone)
+        self.learner = learner
+
+    def loss(
+        self,
+        tensors: dict[str, Any],
+        inference_outputs: Any = None,
+        generative_outputs: Any = None,
+        generator: torch.Generator | None = None,
+    ) -> LossOutput:
+        """Loss of the task on tokens, with labels and whatever else it needs in ``tokens.per_cell``."""
+        tokens = tensors["tokens"]
+        return LossOutput(loss=self.learner.loss(tokens, generator).total, n_obs_minibatch=len(tokens))

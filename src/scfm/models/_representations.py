@@ -132,7 +132,7 @@ class RepresentationMixin:
             return pd.DataFrame(engine.by_column(table, self._align(adata).ids), index=adata.var_names)
         self.backbone.require("gene_states")
         codes, names = _groups(adata, groupby, groups)
-        rows = np.arange(adata.n_obs)[_selection(indices)]
+        rows = np.arange(adata.n_obs)[selection(indices)]
         rows = rows[codes[rows] >= 0]
         with self._cells(adata, rows, **tokenize_options) as task:
             wanted = engine.genes_to_average(task.match, genes)
@@ -198,7 +198,7 @@ class RepresentationMixin:
         manager = self.get_anndata_manager(adata, required=True)
         match, options = self._align(adata), dict(tokenize_options)
         with open_source(adata, layer=manager.registry[_SETUP_ARGS_KEY]["layer"]) as source:
-            rows = np.arange(source.n_obs)[_selection(indices)]
+            rows = np.arange(source.n_obs)[selection(indices)]
             source = source if indices is None else source.select(rows)
             if self._uses_batches and "batch_labels" not in options:
                 options["batch_labels"] = (
@@ -214,7 +214,8 @@ class RepresentationMixin:
         return takes and bool(getattr(self.backbone.config, "n_batches", 0))
 
 
-def _selection(indices: Sequence[int] | Sequence[bool] | None) -> np.ndarray | slice:
+def selection(indices: Sequence[int] | Sequence[bool] | None) -> np.ndarray | slice:
+    """What picks the rows of chosen cells, or of all."""
     if indices is None:
         return slice(None)
     indices = np.asarray(indices)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import anndata
 import rich.pretty  # noqa: F401  (scvi-tools prints with it, but does not import it)
 import scvi
+from safetensors.torch import load_file, save_file
 from scvi.data import AnnDataManager
 from scvi.data._constants import _MODEL_NAME_KEY, _SETUP_ARGS_KEY
 from scvi.model._utils import parse_device_args
@@ -20,7 +21,7 @@ from scvi.model._utils import parse_device_args
 from .._errors import CheckpointError
 from ..backbones import load as load_any
 from ..checkpoints import store
-from ..checkpoints._files import new_directory, read_json, recover
+from ..checkpoints._files import new_directory, read_json, recover, sha256
 from ._backbone import load_backbone, own_copy
 from ._codec import decode, encode
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from anndata import AnnData
+    from torch import Tensor
 
     from ..backbones import Backbone
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 HEADER = "model.json"
 DATA = "adata.h5ad"
+HEAD = "head.safetensors"
 FORMAT = 1
 
 # what a model remembers besides its weights and its registry
@@ -97,12 +100,16 @@ class SavingMixin:
             "class": type(self).__name__,
             "registry": encode(_without_tables(self.registry_)),
             "attributes": {name: encode(getattr(self, name)) for name in _ATTRIBUTES},
+            "task": encode(self._task_state()),
         }
         with new_directory(path.resolve(), overwrite=overwrite) as directory:
             store.save_backbone(self.backbone, directory / "backbone")
             for file in (directory / "backbone").iterdir():
                 file.rename(directory / file.name)
             (directory / "backbone").rmdir()
+            if tensors := self._task_tensors():
+                save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, directory / HEAD)
+                header["head_sha256"] = sha256(directory / HEAD)
             if save_anndata:
                 _write(self.adata, directory / DATA, **anndata_write_kwargs)
             (directory / HEADER).write_text(json.dumps(header) + "\n", encoding="utf-8")
@@ -144,7 +151,9 @@ class SavingMixin:
         adata = None if adata is False else adata
         if adata is not None:
             cls.setup_anndata(adata, source_registry=registry, **registry[_SETUP_ARGS_KEY])
-        return cls._restored(adata, registry, backbone, decode(header["attributes"]))
+        return cls._restored(
+            adata, registry, backbone, decode(header["attributes"]), _read_task(header, dir_path, prefix)
+        )
 
     @classmethod
     def load_query_data(
@@ -186,25 +195,51 @@ class SavingMixin:
                 raise ValueError(msg)
             registry = deepcopy(reference_model.registry_)
             attributes = {name: deepcopy(getattr(reference_model, name)) for name in _ATTRIBUTES}
+            tensors = {name: tensor.detach().clone() for name, tensor in reference_model._task_tensors().items()}
+            task = deepcopy(reference_model._task_state()), tensors
             backbone = own_copy(reference_model.backbone, device="auto" if accelerator == device == "auto" else where)
         else:
             header, registry = _read_header(cls, reference_model, prefix)
             attributes = decode(header["attributes"])
-            backbone = load_backbone(cls.kind, _place(reference_model, prefix), device=where)
+            task = _read_task(header, reference_model, prefix)
+            backbone = cls._read_backbone(_place(reference_model, prefix), device=where)
         cls.setup_anndata(adata, source_registry=registry, extend_categories=True, **registry[_SETUP_ARGS_KEY])
         untrained = attributes["from_scratch_"] and not attributes["is_trained_"]
         started = {"init_params_": attributes["init_params_"], "from_scratch_": untrained}
-        return cls._restored(adata, registry, backbone, started)
+        return cls._restored(adata, registry, backbone, started, task)
 
     @classmethod
     def _restored(
-        cls, adata: AnnData | None, registry: dict[str, Any], backbone: Backbone, attributes: dict[str, Any]
+        cls,
+        adata: AnnData | None,
+        registry: dict[str, Any],
+        backbone: Backbone,
+        attributes: dict[str, Any],
+        task: tuple[dict[str, Any], dict[str, Tensor]],
     ) -> Self:
         model = cls.__new__(cls)
         model._start(adata, registry, lambda _: backbone)
+        model._set_task(*task)
         for name, value in attributes.items():
             setattr(model, name, value)
         return model
+
+    @classmethod
+    def _read_backbone(cls, place: Path, *, device: str) -> Backbone:
+        return load_backbone(cls.kind, place, device=device)
+
+    # -- what a model for a task keeps besides ---------------------------------------------------------------------------
+
+    def _task_state(self) -> dict[str, Any]:
+        """JSON values from which :meth:`_set_task` restores what the task needs."""
+        return {}
+
+    def _task_tensors(self) -> dict[str, Tensor]:
+        """Weights that lie outside of the backbone."""
+        return {}
+
+    def _set_task(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Restore a model for a task around its backbone."""
 
     @staticmethod
     def load_registry(dir_path: Directory, prefix: str | None = None) -> dict[str, Any]:
@@ -242,6 +277,19 @@ def _read_header(cls: type | None, dir_path: Directory, prefix: str | None) -> t
         msg = f"{path} holds a {registry[_MODEL_NAME_KEY]}; it appears you are loading a model from a different class"
         raise ValueError(msg)
     return header, registry
+
+
+def _read_task(
+    header: dict[str, Any], dir_path: Directory, prefix: str | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Values and weights that belong to the task of a saved model."""
+    file, expected = _place(dir_path, prefix) / HEAD, header.get("head_sha256")
+    if expected is None:
+        return decode(header.get("task", {})), {}
+    if not file.is_file() or sha256(file) != expected:
+        msg = f"{file} is missing or damaged; copy the directory of the model again"
+        raise CheckpointError(msg)
+    return decode(header["task"]), load_file(file)
 
 
 def _without_tables(registry: dict[str, Any]) -> dict[str, Any]:

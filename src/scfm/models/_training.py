@@ -1,4 +1,4 @@
-"""Training of a model class: the objective of the paper on the cells of an AnnData object."""
+"""Training of a model class on the cells of an AnnData object."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import scvi
+import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from scvi.model._utils import get_max_epochs_heuristic, parse_device_args
 from scvi.train import Trainer
@@ -21,14 +22,17 @@ from ..nn.low_rank import adapted_layers
 from ..train._adapters import changed
 from ..train._freeze import freeze as freeze_weights
 from ..train._freeze import set_training_mode
-from ..train._plan import PretrainingPlan, default_optimization
+from ..train._plan import default_optimization
 from ..train._presets import Optimization, preset
 from ._batches import CellBatches
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from ..backbones import Backbone
+    from ..genes import GeneMatch
+    from ..train._plan import TrainingPlan
     from ._base import FoundationModel
 
     Freeze = bool | int | str | Sequence[str] | Mapping[str, Any]
@@ -133,28 +137,86 @@ def trainable(backbone: Backbone, freeze: Freeze | None) -> Iterator[None]:
             parameter.grad = None
 
 
+class KeepBest(Callback):
+    """Puts back the weights of the epoch in which the loss of held-out cells, or a part of it, was lowest."""
+
+    def __init__(self, monitor: str = "validation_loss") -> None:
+        self.monitor, self.best, self.state, self.epoch = monitor, math.inf, {}, -1
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Remember the weights if they are the best so far."""
+        loss = float(trainer.callback_metrics.get(self.monitor, math.inf))
+        if not trainer.sanity_checking and loss < self.best:
+            self.best, self.epoch = loss, trainer.current_epoch
+            self.state = {name: value.detach().cpu().clone() for name, value in self._values(pl_module)}
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Put the best weights back."""
+        with torch.no_grad():
+            for name, value in self._values(pl_module):
+                if name in self.state:
+                    value.copy_(self.state[name])
+
+    @staticmethod
+    def _values(plan: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """What training changes: weights with gradients, and running statistics."""
+        yield from ((name, p) for name, p in plan.module.named_parameters() if p.requires_grad)
+        yield from plan.module.named_buffers()
+
+
 def fit(
     model: FoundationModel,
+    make_plan: Callable[..., TrainingPlan],
+    trained: AbstractContextManager,
+    split: tuple[np.ndarray, np.ndarray, np.ndarray],
     *,
     max_epochs: int | None,
     max_steps: int | None,
     accelerator: str,
     devices: int | list[int] | str,
     batch_size: int,
-    train_size: float,
-    validation_size: float | None,
     early_stopping: bool,
     early_stopping_patience: int,
-    optimization: Optimization,
-    objective: Mapping[str, Any] | None,
-    freeze: Freeze | None,
     seed: int,
     log_every_n_steps: int,
+    keep_best: bool = False,
+    monitor: str = "loss",
+    labels: Mapping[str, np.ndarray] | None = None,
+    groups: np.ndarray | None = None,
+    genes: Callable[[GeneMatch], GeneMatch] | None = None,
+    tokenize: Mapping[str, Any] | None = None,
     **trainer_kwargs: Any,
 ) -> None:
-    """Train a model in place; see :meth:`FoundationModel.train`."""
+    """Train a model in place.
+
+    Parameters
+    ----------
+    model
+        The model, with data.
+    make_plan
+        Called with ``genes`` and the length of the run; returns the plan.
+    trained
+        Block in which the weights that are to be trained require gradients.
+    split
+        Numbers of the cells to train on, to validate on, and to leave alone.
+    keep_best
+        Whether the weights with the lowest loss of held-out cells count.
+    monitor
+        Part of that loss that is meant; ``"loss"`` is the total.
+    labels
+        What else the network needs for each cell, by name, one entry for each cell of the data.
+    groups
+        Group of each cell, if the cells of a mini-batch are to come from one group.
+    genes
+        Restricts the genes of the data.
+    tokenize
+        Options of the tokenizer that say what the matrix has to hold.
+    max_epochs, max_steps, accelerator, devices, batch_size, early_stopping, early_stopping_patience, seed, \
+    log_every_n_steps, trainer_kwargs
+        See :meth:`FoundationModel.train`.
+    """
     backbone = model.backbone
-    train, validation, test = split_cells(model.adata.n_obs, train_size, validation_size, seed)
+    train, validation, test = split
     if early_stopping and not len(validation):
         msg = "early stopping watches the loss of held-out cells, but there are none; use train_size < 1"
         raise ValueError(msg)
@@ -164,8 +226,10 @@ def fit(
     callbacks = [*trainer_kwargs.pop("callbacks", []), StepLoss(log_every_n_steps)]
     if early_stopping:
         callbacks.append(
-            EarlyStopping("validation_loss", patience=early_stopping_patience, check_on_train_epoch_end=False)
+            EarlyStopping(f"validation_{monitor}", patience=early_stopping_patience, check_on_train_epoch_end=False)
         )
+    if keep_best and len(validation):
+        callbacks.append(KeepBest(f"validation_{monitor}"))
     trainer = Trainer(
         **{"check_val_every_n_epoch": 1, "benchmark": False, "logger": History()} | trainer_kwargs,
         max_epochs=max_epochs,
@@ -176,27 +240,33 @@ def fit(
         log_every_n_steps=1,
         enable_model_summary=False,
     )
-    with trainable(backbone, freeze), model._cells(model.adata) as task:
+    with trained, model._cells(model.adata) as task:
+        match = task.match if genes is None else genes(task.match)
+        labels = dict(labels or {})
+        if "batch_labels" in task.options:
+            labels.setdefault("batch", task.options["batch_labels"])
+        # whether the genes of the data are known is asked of all of them, not of those that were chosen
+        check = InputCheck(backbone, task.source, task.match, dict(tokenize or {}))
+        parts = {"training": train, "validation": validation}
+        batches = {
+            stage: CellBatches(
+                task.source, rows, batch_size, stage, seed=seed, check=check, labels=labels, groups=groups
+            )
+            for stage, rows in parts.items()
+        }
         per_step = trainer.world_size * trainer.accumulate_grad_batches
-        n_steps = -(-len(train) // (batch_size * per_step))
+        n_steps = -(-batches["training"].n_batches // per_step)
         if max_epochs == -1:
             trainer.fit_loop.max_epochs = max_epochs = -(-max_steps // n_steps)
-        plan = PretrainingPlan(
-            backbone,
-            optimization,
-            genes=task.match,
-            objective=objective,
+        plan = make_plan(
+            genes=match,
             seed=seed,
             total_steps=n_steps * max_epochs if max_steps is None else max_steps,
             steps_per_epoch=n_steps,
             per_step=per_step,
         )
-        check = InputCheck(backbone, task.source, task.match, {})
-        labels = {"batch": task.options["batch_labels"]} if "batch_labels" in task.options else {}
-        batches = {
-            stage: CellBatches(task.source, rows, batch_size, plan, stage, check=check, labels=labels)
-            for stage, rows in (("training", train), ("validation", validation))
-        }
+        for part in batches.values():
+            part.plan = plan
         start = _logging.info(f"training {backbone!r} on {len(train):,} cells")
         trainer.fit(plan, batches["training"], batches["validation"] if len(validation) else None)
         _logging.info("    finished", time=start)

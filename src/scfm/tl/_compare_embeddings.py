@@ -10,15 +10,20 @@ import scanpy as sc
 from anndata import AnnData
 
 from .. import _keys, _logging
-from ..metrics import clustering_agreement, has_scib, label_silhouette, scib_scores
+from ..metrics import (
+    clustering_agreement,
+    clusters_by_bisection,
+    has_scib,
+    label_silhouette,
+    leiden_clusters,
+    scib_scores,
+)
 from ._controls import add_baselines, add_random_weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ._inputs import Model
-
-_BISECTIONS = 20
 
 
 def compare_embeddings(
@@ -125,19 +130,25 @@ def compare_embeddings(
         work = AnnData(obs=adata.obs[[]].loc[usable].copy())
         work.obsm["X"] = embedding[usable]
         sc.pp.neighbors(work, n_neighbors=n_neighbors, use_rep="X", random_state=random_state)
-        _cluster(work, labels[labelled].nunique(), resolution, random_state)
+        graph = work.obsp["connectivities"]
+        if resolution is None:
+            clusters, _ = clusters_by_bisection(graph, labels[labelled].nunique(), random_state=random_state)
+        else:
+            clusters = leiden_clusters(graph, resolution, random_state=random_state)
         scored = labelled[usable]
         truth = labels[usable][scored].astype(str).to_numpy()
         rows[name] = {
-            **clustering_agreement(truth, work.obs["leiden"].to_numpy()[scored]),
+            **clustering_agreement(truth, clusters[scored]),
             "silhouette": label_silhouette(work.obsm["X"][scored], truth),
-            "clusters": work.obs["leiden"].nunique(),
+            "clusters": len(np.unique(clusters)),
         }
         if scib:
             batches = None if batch_key is None else adata.obs[batch_key][usable][scored]
             rows[name] |= scib_scores(work.obsm["X"][scored], truth, batches, random_state=random_state)
         slot = names.get(name, name).removeprefix("X_")
-        adata.obs[_keys.clusters(slot)] = work.obs["leiden"].reindex(adata.obs_names)
+        names_of_clusters = np.unique(clusters).astype(str)
+        found = pd.Series(pd.Categorical.from_codes(clusters, names_of_clusters), index=work.obs_names)
+        adata.obs[_keys.clusters(slot)] = found.reindex(adata.obs_names)
         if umap:
             sc.tl.umap(work, random_state=random_state)
             layout = np.full((adata.n_obs, 2), np.nan, dtype=np.float32)
@@ -167,25 +178,3 @@ def _slot(adata: AnnData, key: str) -> str:
             return slot
     msg = f"obsm has no slot {key!r}; there are {', '.join(adata.obsm) or 'none'}"
     raise KeyError(msg)
-
-
-def _cluster(work: AnnData, n_labels: int, resolution: float | None, random_state: int) -> None:
-    """Leiden at a resolution, or at the one whose number of clusters comes closest to the number of labels."""
-
-    def leiden(value: float) -> int:
-        sc.tl.leiden(work, resolution=value, random_state=random_state, flavor="igraph", n_iterations=2, directed=False)
-        return work.obs["leiden"].nunique()
-
-    if resolution is not None:
-        leiden(resolution)
-        return
-    low, high = 0.0, 2.0
-    best = (np.inf, 1.0)
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        n = leiden(middle)
-        best = min(best, (abs(n - n_labels), middle))
-        if n == n_labels:
-            return
-        low, high = (middle, high) if n < n_labels else (low, middle)
-    leiden(best[1])

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
-from .. import _keys, _logging, engine
+from .. import _keys, _logging
 from .._docs import shared_parameters
 from ._inputs import check_can_hold_results, load_backbone, prepared, result_name
+from ._predicted import check_wanted, columns_to_predict, predict_into
 
 if TYPE_CHECKING:
     import os
@@ -108,20 +107,10 @@ def reconstruct(
     """
     check_can_hold_results(adata)
     adata = adata.copy() if copy else adata
-    if isinstance(genes, str) and genes not in ("expressed", "all"):
-        msg = f"genes must be 'expressed', 'all' or a list of names; got {genes!r}"
-        raise ValueError(msg)
-    if duplicates == "keep":
-        msg = "a gene has one prediction per cell, so that its columns cannot be kept apart; use duplicates='sum'"
-        raise ValueError(msg)
-    chosen = not isinstance(genes, str)
-    if not chosen and genes == "expressed" and out is not None:
-        msg = "out= is for the same genes in all cells; give genes='all' or a list of names"
-        raise ValueError(msg)
+    check_wanted(genes, out=out, duplicates=duplicates)
     backbone = load_backbone(model, device=device, precision=precision, weights=weights)
     backbone.require("reconstructs")
     key = key_added or _keys.reconstruction(result_name(backbone))
-    sizes = {"batch_size": batch_size, "tokens_per_batch": tokens_per_batch, "block_size": block_size}
     with prepared(
         adata,
         backbone,
@@ -136,24 +125,26 @@ def reconstruct(
         draws=draws,
         tokenize_options=tokenize_options,
     ) as task:
-        params = {"genes": genes if not chosen else list(genes), "scale": backbone.expression_scale}
-        if not chosen and len(task.match) != adata.n_vars:
-            msg = "adata.raw has other genes than adata; name the genes to predict with genes=[...]"
-            raise ValueError(msg)
-        if not chosen and genes == "expressed":
-            adata.layers[key] = engine.predict_expressed(task, progress=progress, **sizes)
-        else:
-            columns = engine.genes_to_predict(task.match, genes)
-            if out is None:
-                engine.check_size(task.source.n_obs, len(columns))
-            values = engine.predict_everywhere(task, columns, out=out, overwrite=overwrite, progress=progress, **sizes)
-            if out is not None:
-                params["out"] = str(out)
-            elif chosen:
-                adata.obsm[key] = pd.DataFrame(values, index=adata.obs_names, columns=list(genes))
-            else:
-                adata.layers[key] = values
-        adata.uns[key] = task.record(params)
-    where = str(out) if out is not None else "adata.obsm" if chosen else "adata.layers"
+        columns = columns_to_predict(adata, task, genes, out=out)
+        where = predict_into(
+            adata,
+            task,
+            genes,
+            columns,
+            key,
+            out=out,
+            overwrite=overwrite,
+            batch_size=batch_size,
+            tokens_per_batch=tokens_per_batch,
+            block_size=block_size,
+            progress=progress,
+        )
+        adata.uns[key] = task.record(
+            {
+                "genes": genes if isinstance(genes, str) else list(genes),
+                "scale": backbone.expression_scale,
+                "out": None if out is None else str(out),
+            }
+        )
     _logging.info("    finished", time=task.start, deep=f"added\n    {key!r}, predicted expression ({where})")
     return adata if copy else None

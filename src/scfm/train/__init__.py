@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ._adapters import add_lora, has_lora, load_adapters, merge_lora, save_adapters
     from ._freeze import freeze, set_training_mode
-    from ._plan import MicroBatch, PretrainingPlan
+    from ._plan import MicroBatch, PretrainingPlan, TrainingPlan
     from ._presets import OPTIMIZATIONS, Optimization, build_optimizer, build_schedule
     from ._pretrain import TrainingResult, pretrain
     from ._recipe import Recipe, frequent_genes
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "_adapters": ("add_lora", "has_lora", "load_adapters", "merge_lora", "save_adapters"),
     "_freeze": ("freeze", "set_training_mode"),
-    "_plan": ("MicroBatch", "PretrainingPlan"),
+    "_plan": ("MicroBatch", "PretrainingPlan", "TrainingPlan"),
     "_presets": ("OPTIMIZATIONS", "Optimization", "build_optimizer", "build_schedule"),
     "_pretrain": ("TrainingResult", "pretrain"),
     "_recipe": ("Recipe", "frequent_genes"),
@@ -30,6 +30,7 @@ __all__ = [
     "Optimization",
     "PretrainingPlan",
     "Recipe",
+    "TrainingPlan",
     "TrainingResult",
     "add_lora",
     "build_optimizer",

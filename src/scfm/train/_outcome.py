@@ -36,9 +36,12 @@ def _fresh(recipe: Recipe) -> Backbone:
         genes = frequent_genes(recipe.sources, recipe.n_genes, layer=recipe.layer)
     vocab = GeneVocab([*cls.specials, *genes], specials=cls.specials)
     config = cls.config_for(recipe.config, vocab)
-    return from_config(
+    backbone = from_config(
         recipe.kind, config, vocab, name=recipe.name, seed=recipe.seed, device="cpu", precision="float32"
     )
+    if recipe.annotations is not None:
+        backbone.set_gene_annotations(recipe.annotations)
+    return backbone
 
 
 def _continued(recipe: Recipe) -> Backbone:

@@ -1,7 +1,8 @@
-"""Pre-training of any backbone as a Lightning module."""
+"""Training of any backbone as a Lightning module: what all training has in common, and pre-training."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -49,25 +50,23 @@ class MicroBatch:
         return len(self.cells) if isinstance(self.cells, TokenBatch) else self.cells.shape[0]
 
 
-class PretrainingPlan(LightningModule):
-    """Trains the parameters of a backbone that require gradients with the objective of its paper.
+class TrainingPlan(LightningModule):
+    """Trains the parameters of a network that require gradients.
 
     Masks, dropout and whatever else is random in a micro-batch depend on ``seed`` and its number alone. A run can
     therefore go on after a stop as if nothing had happened, and ``n`` processes that accumulate ``a`` micro-batches each
     do what one process does that accumulates ``n * a`` of them.
 
+    A class for a purpose says how tokens are made (:meth:`make_tokens`) and what is minimised (:meth:`compute_loss`).
+
     Parameters
     ----------
     backbone
         The model. It is trained in place.
+    module
+        What is trained: the network of the model, or one that has it as a part.
     optimization
         Optimiser, clipping and schedule; by default those of ``OPTIMIZATIONS`` for this kind of backbone.
-    genes
-        What the columns of counts are, see :meth:`scfm.Backbone.tokenize`; not needed for batches of tokens.
-    objective
-        Options of the backbone's objective.
-    objective_from
-        Options that change on the way, by the first step they are for. Held-out cells are judged by the last ones.
     seed
         Seed of everything random.
     total_steps, steps_per_epoch
@@ -86,11 +85,9 @@ class PretrainingPlan(LightningModule):
     def __init__(
         self,
         backbone: Backbone,
+        module: nn.Module,
         optimization: Optimization | None = None,
         *,
-        genes: GeneMatch | np.ndarray | None = None,
-        objective: Mapping[str, Any] | None = None,
-        objective_from: Mapping[int, Mapping[str, Any]] | None = None,
         seed: int = 0,
         total_steps: int | None = None,
         steps_per_epoch: int | None = None,
@@ -98,13 +95,9 @@ class PretrainingPlan(LightningModule):
         first_step: int = 0,
     ) -> None:
         super().__init__()
-        backbone.require("pretrains")
         self.backbone = backbone
-        self.module = backbone.module
+        self.module = module
         self.optimization = optimization or default_optimization(backbone.kind)
-        self.genes = genes
-        self.objective = dict(objective or {})
-        self.objective_from = dict(sorted((objective_from or {}).items()))
         self.seed = seed
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
@@ -113,25 +106,34 @@ class PretrainingPlan(LightningModule):
         self._unsharded: list[nn.Parameter] = []
         self._period = self._period_of(max(0, first_step - 1))
 
+    # -- what a class for a purpose implements -----------------------------------------------------------------------
+
+    @abstractmethod
+    def make_tokens(self, counts: csr_matrix, generator: torch.Generator, stage: Stage) -> TokenBatch:
+        """Tokens of raw counts."""
+
+    @abstractmethod
+    def compute_loss(self, tokens: TokenBatch, generator: torch.Generator, *, stage: Stage, step: int | None) -> Any:
+        """Loss of a micro-batch, an object whose ``total`` is minimised; ``step`` is ``None`` in validation."""
+
     # -- the loss ----------------------------------------------------------------------------------------------------
 
     def tokens(self, batch: MicroBatch, stage: Stage = "training") -> TokenBatch:
         """Tokens of a micro-batch; those it has, or new ones from its counts."""
         if isinstance(batch.cells, TokenBatch):
             return batch.cells
-        generator = generator_for(self.seed, "tokens", _place(batch, stage))
-        return self.backbone.tokenize_for_training(batch.cells, self.genes, generator)
+        return self.make_tokens(batch.cells, generator_for(self.seed, "tokens", _place(batch, stage)), stage)
 
     def loss(self, batch: MicroBatch, stage: Stage = "training") -> Any:
-        """What the backbone's objective returns for a micro-batch; ``.total`` is what to minimise.
+        """What the objective returns for a micro-batch; ``.total`` is what to minimise.
 
         The masks of validation are the same each time, and others than those of training.
         """
         place = _place(batch, stage)
         generator = generator_for(self.seed, "objective", place)
-        options = self._options(self.step_of(batch) if stage == "training" else None)
+        step = self.step_of(batch) if stage == "training" else None
         with seeded(seed_for(self.seed, "dropout", place), self.backbone.device):
-            return self.backbone.pretraining_loss(self.tokens(batch, stage), generator, **options)
+            return self.compute_loss(self.tokens(batch, stage), generator, stage=stage, step=step)
 
     def training_step(self, batch: MicroBatch, batch_idx: int = 0) -> dict[str, Any]:
         """Loss of a micro-batch, and in ``parts`` the same and what it consists of by name, for the record.
@@ -159,13 +161,6 @@ class PretrainingPlan(LightningModule):
     def step_of(self, batch: MicroBatch) -> int:
         """Optimiser step that a micro-batch of training belongs to, counted from 0."""
         return batch.number // self.per_step
-
-    def _options(self, step: int | None) -> dict[str, Any]:
-        options = dict(self.objective)
-        for first, changed in self.objective_from.items():
-            if step is None or step >= first:
-                options |= changed
-        return options
 
     def _log(self, values: dict[str, Tensor], n_cells: int) -> None:
         self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=n_cells)
@@ -220,6 +215,54 @@ class PretrainingPlan(LightningModule):
     def transfer_batch_to_device(self, batch: MicroBatch, device: torch.device, dataloader_idx: int) -> MicroBatch:
         """Leave the batch where it is: objectives draw masks on the CPU and move what the network needs."""
         return batch
+
+
+class PretrainingPlan(TrainingPlan):
+    """Trains the parameters of a backbone that require gradients with the objective of its paper.
+
+    Parameters
+    ----------
+    backbone
+        The model. It is trained in place.
+    optimization
+        Optimiser, clipping and schedule; by default those of ``OPTIMIZATIONS`` for this kind of backbone.
+    genes
+        What the columns of counts are, see :meth:`scfm.Backbone.tokenize`; not needed for batches of tokens.
+    objective
+        Options of the backbone's objective.
+    objective_from
+        Options that change on the way, by the first step they are for. Held-out cells are judged by the last ones.
+    run
+        Where and how the run proceeds, see :class:`TrainingPlan`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        optimization: Optimization | None = None,
+        *,
+        genes: GeneMatch | np.ndarray | None = None,
+        objective: Mapping[str, Any] | None = None,
+        objective_from: Mapping[int, Mapping[str, Any]] | None = None,
+        **run: Any,
+    ) -> None:
+        backbone.require("pretrains")
+        super().__init__(backbone, backbone.module, optimization, **run)
+        self.genes = genes
+        self.objective = dict(objective or {})
+        self.objective_from = dict(sorted((objective_from or {}).items()))
+
+    def make_tokens(self, counts: csr_matrix, generator: torch.Generator, stage: Stage) -> TokenBatch:
+        """Tokens as the objective expects them."""
+        return self.backbone.tokenize_for_training(counts, self.genes, generator)
+
+    def compute_loss(self, tokens: TokenBatch, generator: torch.Generator, *, stage: Stage, step: int | None) -> Any:
+        """The backbone's objective."""
+        options = dict(self.objective)
+        for first, changed in self.objective_from.items():
+            if step is None or step >= first:
+                options |= changed
+        return self.backbone.pretraining_loss(tokens, generator, **options)
 
 
 def default_optimization(kind: str) -> Optimization:

@@ -305,6 +305,7 @@ def _identity(recipe: Recipe, backbone: Backbone, cells: Cells, order: Order) ->
         "optimization": asdict(recipe.optimization_for(backbone.kind)),
         "config": backbone.config_to_dict(),
         "genes": sha256("\n".join(backbone.vocab.names).encode()).hexdigest(),
+        "annotations": recipe.annotations and sha256(Path(recipe.annotations).read_bytes()).hexdigest(),
         "block_size": order.block_size,
         "cells": cells.n_cells,
         "micro-batches per step": order.lanes,

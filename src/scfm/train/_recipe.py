@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _BLOCK = 2048
+_PATHS = ("genes", "annotations")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Recipe:
         Size of the vocabulary: the genes detected in the largest share of cells.
     genes
         Text file with the genes of the vocabulary, one in a line, instead of ``n_genes``.
+    annotations
+        File of genes and their Gene Ontology terms, from which scLong's graph is made for the vocabulary; see
+        :func:`scfm.backbones.sclong.read_annotations`.
     layer
         Layer with the counts; ``X`` by default.
     max_steps, max_epochs
@@ -83,7 +87,8 @@ class Recipe:
     Raises
     ------
     ValueError
-        If neither or both of ``kind`` and ``checkpoint`` are given, or a field of ``optimization`` is unknown.
+        If neither or both of ``kind`` and ``checkpoint`` are given, a checkpoint is to get another config, other genes
+        or annotations, or a field of ``optimization`` is unknown.
     """
 
     name: str
@@ -93,6 +98,7 @@ class Recipe:
     config: dict[str, Any] = field(default_factory=dict)
     n_genes: int = 8000
     genes: str | None = None
+    annotations: str | None = None
     layer: str | None = None
     max_steps: int | None = None
     max_epochs: int | None = None
@@ -120,8 +126,8 @@ class Recipe:
         if (self.kind is None) == (self.checkpoint is None):
             msg = "a recipe needs either kind (a new network) or checkpoint (one that is trained further)"
             raise ValueError(msg)
-        if self.checkpoint is not None and (self.config or self.genes):
-            msg = "config and genes come with the checkpoint; leave them out"
+        if self.checkpoint is not None and (self.config or self.genes or self.annotations):
+            msg = "config, genes and annotations come with the checkpoint; leave them out"
             raise ValueError(msg)
         if not 0 <= self.validation_share < 1:
             msg = f"validation_share must be at least 0 and less than 1; got {self.validation_share}"
@@ -130,7 +136,7 @@ class Recipe:
 
     @classmethod
     def read(cls, path: str | Path) -> Recipe:
-        """Read a YAML file; relative sources are taken from the folder of the file."""
+        """Read a YAML file; relative paths are taken from the folder of the file."""
         path = Path(path)
         if not path.is_file():
             msg = f"there is no recipe at {path}; give a YAML file, see scfm.train.Recipe"
@@ -145,8 +151,7 @@ class Recipe:
             raise ValueError(msg)
         sources = values.pop("sources", ())
         sources = [sources] if isinstance(sources, str) else sources
-        if values.get("genes") is not None:
-            values["genes"] = str(path.parent / values["genes"])
+        values |= {name: str(path.parent / values[name]) for name in _PATHS if values.get(name) is not None}
         return cls(sources=tuple(str(path.parent / source) for source in sources), **values)
 
     def write(self, path: str | Path) -> None:
@@ -154,13 +159,14 @@ class Recipe:
         defaults = {f.name: f.default if f.default_factory is dict else f.default for f in fields(self)}
         values = {name: value for name, value in asdict(self).items() if value not in (defaults[name], {})}
         values["sources"] = [str(Path(source).resolve()) for source in self.sources]
+        values |= {name: str(Path(values[name]).resolve()) for name in _PATHS if name in values}
         Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
     def changed(self, **values: Any) -> Recipe:
         """A copy with the fields that are not ``None``; a new ``checkpoint`` takes the place of ``kind``."""
         values = {name: value for name, value in values.items() if value is not None}
         if "checkpoint" in values:
-            values |= {"kind": None, "config": {}, "genes": None}
+            values |= {"kind": None, "config": {}, "genes": None, "annotations": None}
         if "max_epochs" in values and "max_steps" not in values:
             values["max_steps"] = None
         return replace(self, **values)

@@ -12,6 +12,7 @@ from ... import _logging
 from ..._errors import UnsupportedError
 from ...genes import GeneMatch
 from .._base import Backbone, Checkpoint, GeneRows
+from .._fine_tuning import FineTuning
 from .._tokens import TokenBatch
 from . import checkpoint, tokenizer
 from .attention import Rank, attention_map, ranked
@@ -63,6 +64,10 @@ class CellFMBackbone(Backbone):
         "ffn": (r"layers\.\d+\.ffn\.(uv|out)",),
     }
     embedding_modules: ClassVar[tuple[str, ...]] = ("gene_embedding", "value_encoder", "depth_encoder")
+    vocab_tables: ClassVar[tuple[str, ...]] = ("gene_embedding.weight",)
+    class_heads: ClassVar[tuple[str, ...]] = ("retention", "mlp")
+    head_modules: ClassVar[tuple[str, ...]] = ("head",)
+    integrates: ClassVar[bool] = True
     module: CellFM
     config: CellFMConfig
 
@@ -113,6 +118,53 @@ class CellFMBackbone(Backbone):
     def gene_state_dim(self) -> int:
         """Width of contextual gene embeddings."""
         return self.config.dim
+
+    # -- fine-tuning -------------------------------------------------------------------------------------------------
+
+    def fine_tuning(self, task: str) -> FineTuning:
+        """How the authors fine-tune."""
+        if task == "annotation":
+            return FineTuning(
+                optimization={"preset": "cellfm-tutorials"}, batch_size=16, max_epochs=30, min_cells=10, keep="last"
+            )
+        if task == "integration":
+            return FineTuning(
+                optimization={"preset": "cellfm-tutorials"},
+                batch_size=4,
+                max_epochs=30,
+                keep="last",
+                objective={"mask_ratio": 0.5, "zero_length": _MAX_LENGTH, "similarity": 0.8},
+            )
+        return super().fine_tuning(task)
+
+    def integration_config(self, n_batches: int) -> CellFMConfig:
+        """The config with decoders of "is expressed"; the batch of a cell has no part in it."""
+        for decoder in ("gene", "cell"):
+            self.need_decoder(decoder)
+        return replace(self.config, has_zero_heads=True, has_zero_embedding=True)
+
+    def tokenize_for_integration(
+        self,
+        counts: csr_matrix,
+        genes: Sequence[str] | np.ndarray | GeneMatch,
+        generator: torch.Generator,
+        **options: Any,
+    ) -> TokenBatch:
+        """Tokens as for pre-training, with genes without expression to sample from."""
+        seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+        return self.tokenize(
+            counts, genes, **({"sampling": "weighted", "with_unexpressed": True, "seed": seed} | options)
+        )
+
+    def _integration_loss(self, tokens: TokenBatch, generator: torch.Generator | None, **options: Any) -> Any:
+        return self._pretraining_loss(tokens, generator, **options)
+
+    def config_with_classes(self, n_classes: int, head: str) -> CellFMConfig:
+        """The config with a classifier: ``"retention"``, or ``"mlp"`` of the PyTorch port."""
+        return replace(self.config, class_head=head, n_classes=n_classes)
+
+    def _class_logits(self, tokens: TokenBatch) -> tuple[Tensor, ...]:
+        return tuple(logits for logits in self.module.classify(tokens) if logits is not None)
 
     # -- tokens ------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...nn.batch_norm import BatchNorm
 from ...nn.retention import BilinearFFN, GatedRetention
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class MLPHead(nn.Sequential):
     """Classifier of the PyTorch port: a network with one hidden layer on the CLS state."""
 
     def __init__(self, dim: int, n_classes: int, hidden: int = 128) -> None:
-        super().__init__(nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.LeakyReLU(), nn.Linear(hidden, n_classes))
+        super().__init__(nn.Linear(dim, hidden), BatchNorm(hidden), nn.LeakyReLU(), nn.Linear(hidden, n_classes))
 
 
 def classification_loss(scores: ClassScores, labels: Tensor) -> Tensor:

@@ -9,15 +9,17 @@ import numpy as np
 import torch
 
 from ... import _logging
+from ..._depth import DepthTarget
 from ...genes import GeneMatch
 from .._base import Backbone, Checkpoint, GeneRows
+from .._fine_tuning import FineTuning, ZeroShot
 from .._tokens import TokenBatch
 from . import checkpoint, tokenizer
 from .attention import attention_map
 from .config import PRESETS, SCFoundationConfig
 from .module import SCFoundation, split_tokens
 from .pooling import POOLINGS, pool
-from .tokenizer import DepthTarget, InputMode, InputType
+from .tokenizer import InputMode, InputType
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -57,7 +59,10 @@ class SCFoundationBackbone(Backbone):
         "ffn": (r"(encoder|decoder)\.layers\.\d+\.linear[12]",),
     }
     embedding_modules: ClassVar[tuple[str, ...]] = ("gene_embedding", "value_embedding")
+    vocab_tables: ClassVar[tuple[str, ...]] = ("gene_embedding.weight",)
     layer_stacks: ClassVar[tuple[str, ...]] = ("encoder.layers", "decoder.layers")
+    class_heads: ClassVar[tuple[str, ...]] = ("max-pool", "max-pool-padded")
+    head_modules: ClassVar[tuple[str, ...]] = ("classifier",)
     module: SCFoundation
     config: SCFoundationConfig
     _told_about_weights: bool = False
@@ -101,6 +106,36 @@ class SCFoundationBackbone(Backbone):
         """Width of the cell embedding: four times the encoder's for ``"all"``, else once."""
         return self.config.encoder_dim * (4 if self.check_pooling(pooling) == "all" else 1)
 
+    # -- fine-tuning -------------------------------------------------------------------------------------------------
+
+    def fine_tuning(self, task: str) -> FineTuning:
+        """How the authors fine-tune: the second-last layer of the encoder and the head."""
+        if task != "annotation":
+            return super().fine_tuning(task)
+        layer = max(0, self.config.encoder_depth - 2)
+        return FineTuning(
+            tokenize={"depth_tokens": False},
+            optimization={"optimizer": "adam", "learning_rate": 1e-3},
+            batch_size=64,
+            accumulate=5,
+            train_only=(rf"encoder\.layers\.{layer}\.", r"classifier\."),
+            class_weights="capped",
+        )
+
+    @classmethod
+    def zero_shot(cls, task: str) -> ZeroShot:
+        """For integration the weights of read-depth enhancement, asked for a depth that few cells have."""
+        if task == "integration":
+            return ZeroShot(pooling="all", tokenize={"target": "t4.5"}, weights="rde")
+        return super().zero_shot(task)
+
+    def config_with_classes(self, n_classes: int, head: str) -> SCFoundationConfig:
+        """The config with a classifier; ``"max-pool-padded"`` takes the maximum over padding, too, as upstream."""
+        return replace(self.config, n_classes=n_classes, padded_pooling=head == "max-pool-padded")
+
+    def _class_logits(self, tokens: TokenBatch) -> tuple[Tensor, ...]:
+        return (self.module.classify(tokens),)
+
     # -- tokens ------------------------------------------------------------------------------------------------------
 
     def tokenize(
@@ -114,6 +149,7 @@ class SCFoundationBackbone(Backbone):
         tgthighres: str | None = None,
         total_counts: np.ndarray | None = None,
         median_total: float | None = None,
+        depth_tokens: bool = True,
         duplicates: Literal["sum", "error"] | None = None,
     ) -> TokenBatch:
         """Turn expression into tokens: expressed genes in the order of the vocabulary, then T, then S.
@@ -141,6 +177,8 @@ class SCFoundationBackbone(Backbone):
         median_total
             Sum that bulk counts are scaled to. By default the median over the cells of this call; :meth:`prepare` and
             with it every function of ``scfm.tl`` takes the median over the whole data set, as upstream does.
+        depth_tokens
+            Whether there are tokens T and S; the authors' classifier has none.
         duplicates
             Columns of one gene are summed or refused; by default counts are summed and normalised values refused,
             because a sum of logarithms means nothing.
@@ -164,7 +202,14 @@ class SCFoundationBackbone(Backbone):
             duplicates = "sum" if mode.pre_normalized is False else "error"
         counts, ids = self._known(counts, genes, duplicates)
         return tokenizer.tokenize(
-            counts, ids, self.config, mode=mode, target=target, totals=totals, median_total=median_total
+            counts,
+            ids,
+            self.config,
+            mode=mode,
+            target=target,
+            totals=totals,
+            median_total=median_total,
+            depth_tokens=depth_tokens,
         )
 
     def tokenize_for_training(

@@ -49,6 +49,10 @@ class SCFoundationConfig:
         Share of the masked genes that get the mask value, and that get a random value; the others keep theirs.
     max_encoder_length
         Longest encoder input in pre-training; inference has no limit.
+    n_classes
+        Classes of the classifier of a fine-tuned model; 0 for none.
+    padded_pooling
+        The classifier takes the maximum over padded positions, too, as the authors' class does.
     """
 
     n_genes: int = 19264
@@ -76,6 +80,8 @@ class SCFoundationConfig:
     replace_prob: float = 0.8
     random_token_prob: float = 0.1
     max_encoder_length: int = 15000
+    n_classes: int = 0
+    padded_pooling: bool = False
 
     def __post_init__(self) -> None:
         for side in ("encoder", "decoder"):
@@ -91,6 +97,9 @@ class SCFoundationConfig:
             if kind == "performer" and default_features(dim_head) < 1:
                 msg = f"{side}_dim_head must be at least 2 for linear attention; got {dim_head}"
                 raise ValueError(msg)
+        if self.padded_pooling and (self.encoder_layer != "transformer" or self.n_positions < self.pad_value):
+            msg = f"padded_pooling needs a transformer encoder and more than {self.pad_value:.0f} positions"
+            raise ValueError(msg)
         if self.mask_value == self.pad_value:
             msg = f"mask_value and pad_value must differ; both are {self.mask_value}"
             raise ValueError(msg)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn.performer import PerformerStack
+from .classifier import ClassHead, pooled
 from .layers import TransformerStack
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class SCFoundation(nn.Module):
         self.decoder = _stack(config, "decoder")
         self.norm = nn.LayerNorm(config.decoder_dim)
         self.head = nn.Linear(config.decoder_dim, 1)
+        self.classifier = ClassHead(config.encoder_dim, config.n_classes) if config.n_classes else None
 
     # -- encoder -----------------------------------------------------------------------------------------------------
 
@@ -167,6 +169,10 @@ class SCFoundation(nn.Module):
     def predict(self, states: Tensor) -> Tensor:
         """Expression (log1p of counts per 10,000 at depth T) from decoder states, last axis removed."""
         return self.head(states).squeeze(-1)
+
+    def classify(self, tokens: TokenBatch) -> Tensor:
+        """Logits of the classes of a fine-tuned model, ``(cells, classes)``."""
+        return self.classifier(pooled(self, tokens))
 
     # -- training ----------------------------------------------------------------------------------------------------
 

@@ -14,48 +14,12 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from scipy.sparse import csr_matrix
 
+    from ..._depth import DepthTarget
     from .config import SCFoundationConfig
 
 InputType = Literal["singlecell", "bulk"]
 _SCALE = 1e4
 _SHORT_FORMS = {"F": False, "T": True, "A": "A"}
-
-
-@dataclass(frozen=True)
-class DepthTarget:
-    """The wanted read depth T as a rule: ``t`` log10 itself, ``f`` fold of the input, ``a`` added to its log10.
-
-    Parameters
-    ----------
-    rule
-        ``"t"``, ``"f"`` or ``"a"``.
-    number
-        The number behind the letter.
-    """
-
-    rule: str
-    number: float
-
-    @classmethod
-    def parse(cls, text: str) -> DepthTarget:
-        """Read a text such as ``"t4"`` (10,000 counts), ``"f5"`` (five times the input) or ``"a1"`` (ten times)."""
-        try:
-            rule, number = text[0], float(text[1:])
-        except (TypeError, IndexError, ValueError):
-            rule, number = "", 0.0
-        if rule not in ("t", "f", "a") or not np.isfinite(number) or (rule != "a" and number <= 0):
-            msg = (
-                f"target={text!r} is no read depth; write 't4' for 10^4 counts, 'f5' for five times the counts of the "
-                "cell, or 'a1' for 10^1 times the counts of the cell"
-            )
-            raise ValueError(msg)
-        return cls(rule, number)
-
-    def apply(self, total: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Value of the token T for cells with these total counts."""
-        if self.rule == "t":
-            return np.full(len(total), self.number)
-        return np.log10(total * self.number) if self.rule == "f" else np.log10(total) + self.number
 
 
 @dataclass(frozen=True)
@@ -157,6 +121,7 @@ def tokenize(
     target: DepthTarget,
     totals: NDArray[np.float64] | None = None,
     median_total: float | None = None,
+    depth_tokens: bool = True,
 ) -> TokenBatch:
     """Tokens of a CSR block whose columns have vocabulary ids ``ids``; see ``SCFoundationBackbone.tokenize``."""
     _check_values(counts, mode)
@@ -169,6 +134,10 @@ def tokenize(
     values, source, wanted = model_values(genes, mode, target, total, median_total)
     has_gene = np.diff(_running_count(values > 0)[genes.indptr]) > 0
     n_cells = genes.shape[0]
+    valid = has_gene & (source > 0) & (wanted > 0)
+    if not depth_tokens:
+        # positions whose value is zero become no tokens
+        source, wanted, valid = np.zeros(n_cells), np.zeros(n_cells), has_gene
     ends = np.repeat(genes.indptr[1:], 2)
     positions = np.insert(genes.indices.astype(np.int64), ends, np.tile([config.target_id, config.source_id], n_cells))
     values = np.insert(values, ends, np.stack([wanted, source], 1).ravel()).astype(np.float32)
@@ -181,7 +150,7 @@ def tokenize(
         genes.indptr + 2 * np.arange(n_cells + 1),
         config,
         per_cell={"total": torch.from_numpy(total)},
-        valid=torch.from_numpy(has_gene & (source > 0) & (wanted > 0)),
+        valid=torch.from_numpy(valid),
     )
 
 

@@ -14,8 +14,9 @@ from ...genes import GeneMatch
 from ...nn.attention import attention_weights
 from ...nn.ranks import rank_normalize
 from .._base import Backbone, Checkpoint, GeneRows
+from .._fine_tuning import FineTuning
 from .._tokens import TokenBatch
-from . import checkpoint, generation, tokenizer
+from . import checkpoint, generation, modality, tokenizer
 from .config import PRESETS, SCGPTConfig
 from .heads import Decoded, MVCDecoder, elastic_cell_similarity
 from .module import SCGPT
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from ...genes import GeneVocab
     from .._base import Genes
 
+# the rate falls after every epoch
+_DECAY = {"schedule": "steps", "unit": "epoch", "step_size": 1, "gamma": 0.9}
 # cells whose genes are decoded from their embedding at once
 _CELLS_PER_STEP = 8
 
@@ -90,7 +93,13 @@ class SCGPTBackbone(Backbone):
         "attention": (r"layers\.\d+\.(qkv|out)",),
         "ffn": (r"layers\.\d+\.linear[12]",),
     }
-    embedding_modules: ClassVar[tuple[str, ...]] = ("genes", "values", "batches", "query_flag")
+    embedding_modules: ClassVar[tuple[str, ...]] = ("genes", "values", "batches", "modalities", "query_flag")
+    constants: ClassVar[tuple[str, ...]] = (modality.TABLE,)
+    vocab_tables: ClassVar[tuple[str, ...]] = ("genes.embedding.weight", modality.TABLE)
+    class_heads: ClassVar[tuple[str, ...]] = ("cls",)
+    head_modules: ClassVar[tuple[str, ...]] = ("classifier", "discriminator")
+    integrates: ClassVar[bool] = True
+    batch_modules: ClassVar[tuple[str, ...]] = ("batches", "domain_norms", "discriminator")
     module: SCGPT
     config: SCGPTConfig
 
@@ -116,10 +125,32 @@ class SCGPTBackbone(Backbone):
         """Rebuild the config from JSON values."""
         return SCGPTConfig(**values)
 
+    def config_to_dict(self) -> dict[str, Any]:
+        """Config as JSON-writable values."""
+        return super().config_to_dict() | {"modalities": list(self.config.modalities)}
+
     @classmethod
     def build(cls, config: SCGPTConfig, vocab: GeneVocab) -> SCGPT:
         """Make the network with fresh weights."""
         return SCGPT(config, len(vocab), vocab[config.pad_token])
+
+    def set_modalities(self, features: Mapping[str, Sequence[str]]) -> None:
+        """Say which vocabulary entries belong to which modality of a multi-omic network.
+
+        Parameters
+        ----------
+        features
+            Names of the entries of each modality in ``config.modalities``; entries that are not named have none then.
+
+        Raises
+        ------
+        ValueError
+            If the network has no modalities, or a modality or a name is unknown or occurs twice.
+        """
+        if self.module.modalities is None:
+            msg = f"{self.name} has no modalities; make a multi-omic network with scfm.backbones.rebuilt"
+            raise ValueError(msg)
+        getattr(self.module, modality.TABLE).copy_(modality.modality_table(self.config, self.vocab, features))
 
     @property
     def pad_id(self) -> int:
@@ -139,6 +170,61 @@ class SCGPTBackbone(Backbone):
     def expected_values(self, options: Mapping[str, Any]) -> Literal["any"]:
         """Bins depend on the order of the values in a cell only, so that normalised values serve, too."""
         return "any"
+
+    # -- fine-tuning -------------------------------------------------------------------------------------------------
+
+    def fine_tuning(self, task: str) -> FineTuning:
+        """How the authors fine-tune."""
+        if task == "annotation":
+            return FineTuning(
+                tokenize={"cls_value": 0.0},
+                optimization={"optimizer": "adam", "learning_rate": 1e-4} | _DECAY,
+                batch_size=32,
+                max_epochs=10,
+            )
+        if task == "integration":
+            return FineTuning(
+                # all the chosen genes, zeros included
+                tokenize={"cls_value": 0.0, "include_zeros": True, "max_length": len(self.vocab) + 1},
+                optimization={"optimizer": "adam", "learning_rate": 1e-4} | _DECAY,
+                batch_size=64,
+                max_epochs=15,
+                monitor="gep",
+                n_top_genes=1200,
+                by_batch=True,
+            )
+        return super().fine_tuning(task)
+
+    def config_with_classes(self, n_classes: int, head: str) -> SCGPTConfig:
+        """The config with a classifier on the state of ``<cls>``."""
+        return replace(self.config, n_classes=n_classes)
+
+    def integration_config(self, n_batches: int) -> SCGPTConfig:
+        """The config with batch labels, a normalisation for each batch, explicit zeros and the batch classifier."""
+        return replace(
+            self.config,
+            n_batches=n_batches,
+            use_batch_labels=True,
+            input_norm="dsbn",
+            explicit_zeros=True,
+            discriminator=True,
+            mvc=self.config.mvc if (self.config.mvc or "").startswith("inner product") else "inner product",
+            ecs_threshold=0.8,
+            n_classes=0,
+        )
+
+    def _integration_loss(self, tokens: TokenBatch, generator: torch.Generator | None, **options: Any) -> Any:
+        from .finetune import finetune_loss
+
+        return finetune_loss(self, tokens, generator, **options)
+
+    def _class_logits(self, tokens: TokenBatch) -> tuple[Tensor, ...]:
+        _, x, padding = self._inputs(tokens)
+        return (self.module.classifier(self.module.encode(x, padding)[:, 0]),)
+
+    def _cell_states(self, tokens: TokenBatch, pooling: str) -> Tensor:
+        _, x, padding = self._inputs(tokens)
+        return self._pool(tokens, self.module.encode(x, padding), pooling)
 
     # -- tokens ------------------------------------------------------------------------------------------------------
 
@@ -160,6 +246,8 @@ class SCGPTBackbone(Backbone):
         draws: TokenDraws | None = None,
     ) -> TokenBatch:
         """Turn counts (or other non-negative values) of known genes into tokens.
+
+        In a multi-omic model the values of each modality are binned by themselves.
 
         Parameters
         ----------
@@ -220,6 +308,7 @@ class SCGPTBackbone(Backbone):
             truncate=truncate,
             seed=int(rng),
             draws=draws,
+            groups=None if self.module.modalities is None else self._modalities_of(torch.from_numpy(ids)).numpy(),
         )
         return replace(tokens, per_cell=self._labels(len(tokens), batch_labels, None))
 
@@ -253,6 +342,7 @@ class SCGPTBackbone(Backbone):
         padding: Tensor | np.ndarray | None = None,
         batch_labels: Tensor | np.ndarray | None = None,
         domain_labels: Tensor | np.ndarray | None = None,
+        modalities: Tensor | np.ndarray | None = None,
         query_genes: Tensor | np.ndarray | None = None,
         query_values: Tensor | np.ndarray | None = None,
         query_padding: Tensor | np.ndarray | None = None,
@@ -270,6 +360,9 @@ class SCGPTBackbone(Backbone):
         domain_labels
             Batch whose normalisation statistics are used, if not that of the cell itself (upstream uses that of the
             first cell of a mini-batch for all of them).
+        modalities
+            Modality of each token as an index into ``config.modalities``, ``(cells, length)``; by default that of its
+            vocabulary entry, see :meth:`set_modalities`.
         query_genes, query_padding
             Genes to generate, ``(cells, queries)``.
         query_values
@@ -281,6 +374,7 @@ class SCGPTBackbone(Backbone):
             pad_id=self.pad_id,
             pad_value=self.config.pad_value,
             padding=None if padding is None else torch.as_tensor(padding),
+            per_token=self._checked_modalities(genes, modalities),
         )
         queries = None
         if query_genes is not None:
@@ -311,6 +405,39 @@ class SCGPTBackbone(Backbone):
                 raise ValueError(msg)
             out[name] = labels
         return out
+
+    # -- modalities --------------------------------------------------------------------------------------------------
+
+    def _checked_modalities(self, genes: Any, modalities: Any) -> dict[str, Tensor]:
+        if modalities is None:
+            return {}
+        modalities, n = torch.as_tensor(modalities, dtype=torch.int64), len(self.config.modalities)
+        if not n:
+            msg = "modalities were given, but this model has none"
+            raise ValueError(msg)
+        if modalities.shape != genes.shape or (len(modalities) and (modalities.min() < 0 or modalities.max() >= n)):
+            msg = f"modalities must be numbers from 0 to {n - 1}, one for each position of genes {tuple(genes.shape)}"
+            raise ValueError(msg)
+        return {"modality": modalities}
+
+    def _modalities_of(self, ids: Tensor) -> Tensor:
+        """Modality of vocabulary entries."""
+        table = getattr(self.module, modality.TABLE)
+        found = table[ids.to(table.device)].to(ids.device)
+        if bool((found < 0).any()):
+            name = self.vocab.names[int(ids[found < 0][0])]
+            msg = f"the modality of {name!r} and perhaps others is not known; give all with set_modalities"
+            raise ValueError(msg)
+        return found
+
+    def _context(self, tokens: TokenBatch, *, queries: bool = False) -> Tensor | None:
+        """Embeddings of batch and modality that the decoders see, for the tokens or for the queries."""
+        part, modalities = tokens.queries if queries else tokens, None
+        if self.module.modalities is not None:
+            given = part.per_token.get("modality")
+            pad = self.config.modalities.index(self.config.pad_token)
+            modalities = self._modalities_of(part.ids) if given is None else part.padded(given, pad)
+        return self.module.context(tokens.per_cell.get("batch"), modalities)
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
@@ -351,14 +478,13 @@ class SCGPTBackbone(Backbone):
         genes, x, padding = self._inputs(tokens)
         hidden = self.module.encode(x, padding, zero_padded=padded_rows == "flash")
         cells = self._pool(tokens, hidden, pooling, count_padding=padded_rows != "ignore")
-        module, labels = self.module, tokens.per_cell.get("batch")
-        mvc = None if module.mvc is None else module.mvc(module.with_batches(cells, labels), genes)
+        module, context = self.module, self._context(tokens)
         return SCGPTOutput(
             hidden=hidden,
             genes=genes,
             cells=cells,
-            expression=module.decoder(module.with_batches(hidden, labels)),
-            cell_expression=mvc,
+            expression=module.decoder(module.with_context(hidden, context)),
+            cell_expression=module.decode_from_cells(cells, genes, context),
             class_logits=None if module.classifier is None else module.classifier(cells),
             batch_logits=None if module.discriminator is None else module.discriminator(cells),
             similarity_loss=elastic_cell_similarity(cells, self.config.ecs_threshold),
@@ -391,20 +517,25 @@ class SCGPTBackbone(Backbone):
     def _iter_reconstruction(self, tokens: TokenBatch, genes: Tensor | None) -> Iterator[GeneRows]:
         """Expressed genes from the states of their tokens; others from the cell embedding, which knows all genes."""
         _, x, padding = self._inputs(tokens)
-        hidden, labels = self.module.encode(x, padding), tokens.per_cell.get("batch")
+        module, context = self.module, self._context(tokens)
+        hidden = module.encode(x, padding)
         if genes is None:
-            values = self.module.decoder(self.module.with_batches(hidden, labels)).values
+            values = module.decoder(module.with_context(hidden, context)).values
             yield self._token_rows(tokens, values[~tokens.padding], None)
             return
-        if self.module.mvc is None:
+        if module.mvc is None:
             msg = (
                 f"{self.name} has no decoder from the cell embedding, so it predicts expressed genes only (genes=None)"
             )
             raise UnsupportedError(msg)
-        cells = self.module.with_batches(self._pool(tokens, hidden, self.default_pooling), labels)
-        vectors = self.module.embed_genes(genes[None])
+        cells, labels = self._pool(tokens, hidden, self.default_pooling), tokens.per_cell.get("batch")
+        vectors = module.embed_genes(genes[None])
+        modalities = None if module.modalities is None else self._modalities_of(genes[None])
         for start in range(0, len(tokens), _CELLS_PER_STEP):
-            values = self.module.mvc(cells[start : start + _CELLS_PER_STEP], vectors).values
+            some = slice(start, start + _CELLS_PER_STEP)
+            of_cells = None if context is None else context[some]
+            of_genes = module.context(None if labels is None else labels[some], modalities)
+            values = module.decode_from_cells(cells[some], vectors, of_cells, of_genes).values
             numbers = torch.arange(start, start + len(values), device=self.device)
             yield GeneRows(numbers.repeat_interleave(len(genes)), genes.repeat(len(values)), values.flatten())
 
@@ -524,7 +655,7 @@ class SCGPTBackbone(Backbone):
         x = self.module.combine(genes, tokens.values if use_values else None, _domain(tokens)).clone()
         x[:, 0] = cells.to(x)
         hidden = self.module.encode(x, None if tokens.is_rectangular else tokens.padding)
-        return self.module.decoder(self.module.with_batches(hidden, tokens.per_cell.get("batch"))).values
+        return self.module.decoder(self.module.with_context(hidden, self._context(tokens))).values
 
     def _pretraining_loss(self, tokens: TokenBatch, generator: torch.Generator | None, **options: Any) -> Any:
         from .objective import generative_loss

@@ -12,7 +12,8 @@ from ...checkpoints import torch_file
 from ...checkpoints.convert import KeyRule, rename
 from ...genes import GeneVocab
 from .._base import Checkpoint
-from .config import infer_config
+from . import modality
+from .config import SPECIALS, infer_config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-SPECIALS = ("<pad>", "<cls>", "<eoc>")
 WEIGHTS, ARGS, VOCAB = "best_model.pt", "args.json", "vocab.json"
 
 _LAYER = r"(?:module\.)?transformer_encoder\.layers\.(\d+)\."
@@ -40,6 +40,8 @@ KEY_TABLE = (
     KeyRule(r"(?:module\.)?value_encoder\.enc_norm\.(weight|bias)", r"values.norm.\1"),
     KeyRule(r"(?:module\.)?batch_encoder\.embedding\.weight", "batches.embedding.weight"),
     KeyRule(r"(?:module\.)?batch_encoder\.enc_norm\.(weight|bias)", r"batches.norm.\1"),
+    KeyRule(r"(?:module\.)?mod_encoder\.embedding\.weight", "modalities.embedding.weight"),
+    KeyRule(r"(?:module\.)?mod_encoder\.enc_norm\.(weight|bias)", r"modalities.norm.\1"),
     KeyRule(r"(?:module\.)?dsbn\.bns\.(\d+)\.(.+)", r"domain_norms.\1.\2"),
     KeyRule(r"(?:module\.)?bn\.(.+)", r"batch_norm.\1"),
     KeyRule(r"(?:module\.)?decoder\.(fc|zero_logit)\.(\d)\.(weight|bias)", r"decoder.\1.\2.\3"),
@@ -117,6 +119,7 @@ def read(
     weights: str | None = None,
     args: Mapping[str, Any] | None = None,
     vocab: Path | Mapping[str, int] | Sequence[str] | GeneVocab | None = None,
+    modalities: Mapping[str, Sequence[str]] | None = None,
     strict: bool = True,
 ) -> Checkpoint:
     """Read an official folder, or one weights file with what belongs to it given by hand.
@@ -131,6 +134,9 @@ def read(
         Entries that add to or replace those of ``args.json``; names as upstream writes them.
     vocab
         Vocabulary to use instead of ``vocab.json``.
+    modalities
+        Vocabulary entries of each modality of a multi-omic model, which its files do not tell; see
+        :meth:`SCGPTBackbone.set_modalities`.
     strict
         Refuse files with keys that the key table does not know; otherwise they are dropped and reported. (The content
         of the continually pre-trained file is not documented.)
@@ -157,4 +163,10 @@ def read(
             msg = f"no {VOCAB} in {directory}; put it beside {path.name} or pass vocab="
             raise CheckpointError(msg)
         vocab = directory / VOCAB
-    return Checkpoint(config, read_vocab(vocab, len(state["genes.embedding.weight"])), state, report, path.name)
+    vocab = read_vocab(vocab, len(state["genes.embedding.weight"]))
+    if config.modalities:
+        state[modality.TABLE] = modality.modality_table(config, vocab, modalities or {})
+    elif modalities:
+        msg = f"modalities were given, but {path.name} is no model of several modalities"
+        raise CheckpointError(msg)
+    return Checkpoint(config, vocab, state, report, path.name)

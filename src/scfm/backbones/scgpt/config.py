@@ -14,6 +14,9 @@ ValueStyle = Literal["continuous", "category", "scaling"]
 MVCStyle = Literal["inner product", "inner product, detach", "concat query", "sum query"]
 NormStyle = Literal["none", "batchnorm", "dsbn", "dsbn-affine"]
 
+# in the order in which scGPT appends them to a vocabulary
+SPECIALS = ("<pad>", "<cls>", "<eoc>")
+
 
 @dataclass(frozen=True)
 class SCGPTConfig:
@@ -60,6 +63,12 @@ class SCGPTConfig:
         Whether the flag embedding of generative pre-training is present (all released pre-trained models).
     ecs_threshold
         Threshold of the elastic cell similarity loss.
+    multiomic
+        Whether the decoder from the cell embedding also sees batch (and modality) on the side of the gene, as in
+        scGPT's multi-omic network; its weights then have other shapes.
+    modalities
+        Names of the modalities, special tokens included, whose embedding the decoders of a multi-omic network see.
+        They have no part in the cell embedding.
     """
 
     dim: int = 512
@@ -86,8 +95,11 @@ class SCGPTConfig:
     discriminator: bool = False
     query_flag: bool = True
     ecs_threshold: float = 0.8
+    multiomic: bool = False
+    modalities: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "modalities", tuple(self.modalities))  # JSON has lists only
         if self.dim % self.n_heads:
             msg = f"dim ({self.dim}) must be a multiple of n_heads ({self.n_heads})"
             raise ValueError(msg)
@@ -96,6 +108,18 @@ class SCGPTConfig:
             raise ValueError(msg)
         if self.n_bins < 3:
             msg = f"n_bins must be at least 3; got {self.n_bins}"
+            raise ValueError(msg)
+        if self.modalities and not self.multiomic:
+            msg = "modalities are part of the multi-omic network only; set multiomic=True"
+            raise ValueError(msg)
+        if self.modalities and not {self.pad_token, self.cls_token} <= set(self.modalities):
+            msg = (
+                f"modalities must hold the special tokens {self.pad_token!r} and {self.cls_token!r}; make them with "
+                "scfm.backbones.scgpt.modality.modality_names"
+            )
+            raise ValueError(msg)
+        if len(set(self.modalities)) < len(self.modalities):
+            msg = f"each modality needs a name of its own; got {', '.join(self.modalities)}"
             raise ValueError(msg)
 
 
@@ -136,6 +160,8 @@ def infer_config(state: Mapping[str, Tensor], args: Mapping[str, Any]) -> SCGPTC
         state[key].shape[0] for key in ("batches.embedding.weight", "discriminator.out.weight") if key in state
     ]
     class_layers = [key for key in state if key.startswith("classifier.hidden.") and state[key].ndim == 2]
+    query_width = state["mvc.gene2query.weight"].shape[1] if "mvc.gene2query.weight" in state else dim
+    modalities = _modalities(state, args)
     return SCGPTConfig(
         dim=dim,
         n_heads=int(args["nheads"]),
@@ -154,18 +180,34 @@ def infer_config(state: Mapping[str, Tensor], args: Mapping[str, Any]) -> SCGPTC
         n_batches=max(batch_rows),
         use_batch_labels="batches.embedding.weight" in state,
         explicit_zeros="decoder.zero_logit.0.weight" in state,
-        mvc=_mvc_style(state, args, dim),
+        mvc=_mvc_style(state, args, query_width),
         n_classes=state["classifier.out.weight"].shape[0] if "classifier.out.weight" in state else 0,
         n_class_layers=len(class_layers) + 1,
         discriminator="discriminator.out.weight" in state,
         query_flag="query_flag.weight" in state,
         ecs_threshold=float(args.get("ecs_threshold", 0.8)),
+        multiomic=bool(modalities) or query_width > dim,
+        modalities=modalities,
     )
 
 
-def _mvc_style(state: Mapping[str, Tensor], args: Mapping[str, Any], dim: int) -> MVCStyle | None:
+def _modalities(state: Mapping[str, Tensor], args: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names in the order of their ids, from ``vocab_mod``; numbers with the special tokens behind them without it."""
+    if "modalities.embedding.weight" not in state:
+        return ()
+    n = len(state["modalities.embedding.weight"])
+    given = args.get("vocab_mod")
+    if given is None:
+        return (*(f"modality_{i}" for i in range(n - len(SPECIALS))), *SPECIALS)
+    if sorted(given.values()) != list(range(n)):
+        msg = f"vocab_mod must give the ids 0 to {n - 1} to the modalities of the weights; got {dict(given)}"
+        raise ValueError(msg)
+    return tuple(sorted(given, key=given.__getitem__))
+
+
+def _mvc_style(state: Mapping[str, Tensor], args: Mapping[str, Any], query_width: int) -> MVCStyle | None:
     if "mvc.W.weight" in state:
         return "inner product, detach" if "detach" in str(args.get("mvc_decoder_style", "")) else "inner product"
     if "mvc.fc1.weight" in state:
-        return "sum query" if state["mvc.fc1.weight"].shape[1] == dim else "concat query"
+        return "sum query" if state["mvc.fc1.weight"].shape[1] == query_width else "concat query"
     return None

@@ -97,6 +97,9 @@ def generate(
     if tokens.queries is None:
         msg = "no genes to generate: give tokens.queries, for example with backbone.batch(..., query_genes=...)"
         raise ValueError(msg)
+    if steps > 1 and tokens.per_token:
+        msg = "generation in steps takes modalities from the vocabulary (set_modalities); give no modalities= to batch"
+        raise ValueError(msg)
     ids, waiting = tokens.queries.ids, ~tokens.queries.padding
     values = torch.full(ids.shape, torch.nan, device=ids.device, dtype=backbone.dtype)
     for step in range(steps):
@@ -121,7 +124,7 @@ def generate(
 
 def _predict(backbone: SCGPTBackbone, tokens: TokenBatch, cell_embeddings: Tensor | None) -> Decoded:
     _, queries, _, _ = two_streams(backbone, tokens, cell_embeddings)
-    return backbone.module.decoder(backbone.module.with_batches(queries, tokens.per_cell.get("batch")))
+    return backbone.module.decoder(backbone.module.with_context(queries, backbone._context(tokens, queries=True)))
 
 
 def _confidence(

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from ...nn.attention import attend, attend_first, attend_with_self
 from ...nn.low_rank import effective_weight
 from .heads import Discriminator, ExpressionDecoder, MVCDecoder, mlp_head
+from .modality import TABLE, UNKNOWN
 
 if TYPE_CHECKING:
     from .config import SCGPTConfig
+    from .heads import Decoded
 
 _BATCH_NORM_EPS = 6.1e-5
 _MAX_VALUE = 512.0
@@ -161,12 +163,18 @@ class SCGPT(nn.Module):
             norms = [nn.BatchNorm1d(dim, eps=_BATCH_NORM_EPS, affine=affine) for _ in range(config.n_batches)]
             self.domain_norms = nn.ModuleList(norms)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.n_layers))
-        context = 2 * dim if config.use_batch_labels else dim
+        context = 2 * dim if config.use_batch_labels or config.modalities else dim
         self.batches = NormedEmbedding(config.n_batches, dim) if config.use_batch_labels else None
+        self.modalities = None
+        if config.modalities:
+            pad = config.modalities.index(config.pad_token)
+            self.modalities = NormedEmbedding(len(config.modalities), dim, padding_idx=pad)
+            self.register_buffer(TABLE, torch.full((n_tokens,), UNKNOWN))
         self.decoder = ExpressionDecoder(context, dim, explicit_zeros=config.explicit_zeros)
         self.mvc = None
         if config.mvc is not None:
-            self.mvc = MVCDecoder(dim, context, config.mvc, explicit_zeros=config.explicit_zeros)
+            query = context if config.multiomic else dim
+            self.mvc = MVCDecoder(query, context, config.mvc, explicit_zeros=config.explicit_zeros)
         self.classifier = None
         if config.n_classes:
             self.classifier = mlp_head(dim, config.n_classes, config.n_class_layers, nn.ReLU())
@@ -270,12 +278,55 @@ class SCGPT(nn.Module):
             x, queries = layer.with_queries(x, queries, padding)
         return x, queries
 
-    def with_batches(self, x: Tensor, batch_labels: Tensor | None) -> Tensor:
-        """Append the batch embedding to cell ``(cells, dim)`` or token ``(cells, length, dim)`` vectors."""
-        if self.batches is None:
+    def context(self, batch_labels: Tensor | None, modalities: Tensor | None) -> Tensor | None:
+        """What the decoders see beside states: embeddings of batch ``(cells,)`` and modality ``(cells, length)``.
+
+        Returns
+        -------
+        ``(cells, length, dim)``, or 1 instead of ``length`` without modalities; ``None`` for models without either.
+        """
+        if self.batches is None and self.modalities is None:
+            return None
+        parts = []
+        if self.batches is not None:
+            if batch_labels is None:
+                msg = "this model was trained with batch labels: pass batch_labels"
+                raise ValueError(msg)
+            parts.append(self.batches(batch_labels)[:, None])
+        if self.modalities is not None:
+            parts.append(self.modalities(modalities))
+        return sum(parts)
+
+    def with_context(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Append the context to cell ``(cells, dim)`` or token ``(cells, length, dim)`` vectors.
+
+        Cells get that of the first token, which is ``<cls>``.
+        """
+        if context is None:
             return x
-        if batch_labels is None:
-            msg = "this model was trained with batch labels: pass batch_labels"
-            raise ValueError(msg)
-        batch = self.batches(batch_labels)
-        return torch.cat([x, batch if x.ndim == 2 else batch[:, None].expand(-1, x.shape[1], -1)], -1)
+        if x.ndim == 2:
+            return torch.cat([x, context[:, 0]], -1)
+        shape = torch.broadcast_shapes(x.shape[:2], context.shape[:2])
+        return torch.cat([x.expand(*shape, -1), context.expand(*shape, -1)], -1)
+
+    def decode_from_cells(
+        self, cells: Tensor, genes: Tensor, context: Tensor | None, gene_context: Tensor | None = None
+    ) -> Decoded | None:
+        """Values of genes from cell embeddings; ``None`` without such a decoder.
+
+        Parameters
+        ----------
+        cells
+            Cell embeddings that are not normalised, ``(cells, dim)``.
+        genes
+            Gene embeddings ``(cells, length, dim)``, or 1 instead of ``cells`` for the same genes in all of them.
+        context
+            What :meth:`context` gives for the tokens of the cells.
+        gene_context
+            The same for ``genes`` where these are others; only multi-omic networks use it.
+        """
+        if self.mvc is None:
+            return None
+        if self.config.multiomic:
+            genes = self.with_context(genes, context if gene_context is None else gene_context)
+        return self.mvc(self.with_context(cells, context), genes)

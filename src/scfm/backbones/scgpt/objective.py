@@ -127,7 +127,13 @@ def _subset(tokens: TokenBatch, order: Tensor, cell: Tensor, keep: Tensor) -> To
     offsets = torch.zeros_like(tokens.offsets)
     torch.cumsum(torch.bincount(cell[keep], minlength=len(tokens)), 0, out=offsets[1:])
     kept = order[keep]
-    return replace(tokens, flat_ids=tokens.flat_ids[kept], flat_values=tokens.flat_values[kept], offsets=offsets)
+    return replace(
+        tokens,
+        flat_ids=tokens.flat_ids[kept],
+        flat_values=tokens.flat_values[kept],
+        offsets=offsets,
+        per_token={key: value[kept] for key, value in tokens.per_token.items()},
+    )
 
 
 def generative_loss(
@@ -162,21 +168,23 @@ def generative_loss(
         cpu = tokens.to("cpu")
         tokens = split_prompt(cpu, ratio, generator, max_length=max_length or backbone.config.max_length)
     tokens = tokens.to(backbone.device)
-    module, labels = backbone.module, tokens.per_cell.get("batch")
+    module, context = backbone.module, backbone._context(tokens)
+    query_context = backbone._context(tokens, queries=True)
     target, chosen = tokens.queries.values, ~tokens.queries.padding
     known, queries, _, query_genes = two_streams(backbone, tokens)
     cells = known[:, 0]
     zero = cells.new_zeros(())
-    gene_prompt = masked_square_error(module.decoder(module.with_batches(queries, labels)).values, target, chosen)
+    gene_prompt = masked_square_error(
+        module.decoder(module.with_context(queries, query_context)).values, target, chosen
+    )
     from_cell = zero
-    if module.mvc is not None:
-        from_cell = masked_square_error(
-            module.mvc(module.with_batches(cells, labels), query_genes).values, target, chosen
-        )
+    decoded = module.decode_from_cells(cells, query_genes, context, query_context)
+    if decoded is not None:
+        from_cell = masked_square_error(decoded.values, target, chosen)
     second = zero
     if cell_prompt:
         _, queries, _, _ = two_streams(backbone, tokens, cells.detach())
-        second = masked_square_error(module.decoder(module.with_batches(queries, labels)).values, target, chosen)
+        second = masked_square_error(module.decoder(module.with_context(queries, query_context)).values, target, chosen)
     return SCGPTLoss(gene_prompt, from_cell, second)
 
 
@@ -210,7 +218,7 @@ def masked_loss(
     mask = mask.to(tokens.device)
     hidden_values = tokens.flat_values.masked_fill(mask, backbone.config.mask_value)
     out = backbone.forward(replace(tokens, flat_values=hidden_values))
-    chosen = replace(tokens, flat_values=mask.float(), pad_value=0.0).values > 0
+    chosen = tokens.padded(mask, fill=False)
     from_cell = out.cells.new_zeros(())
     if out.cell_expression is not None:
         from_cell = masked_square_error(out.cell_expression.values, tokens.values, chosen)

@@ -170,8 +170,12 @@ def tokenize(
     truncate: Literal["sample", "first"],
     seed: int,
     draws: TokenDraws | None,
+    groups: np.ndarray | None = None,
 ) -> TokenBatch:
-    """Tokens of all cells of a CSR block whose columns have vocabulary ids ``ids`` (see ``SCGPTBackbone.tokenize``)."""
+    """Tokens of all cells of a CSR block whose columns have vocabulary ids ``ids`` (see ``SCGPTBackbone.tokenize``).
+
+    Values of columns that differ in ``groups``, a number for each column, are binned apart.
+    """
     n_cells = counts.shape[0]
     data, columns, offsets = _entries(counts, include_zeros=include_zeros)
     if len(data) and not data.min() >= 0:
@@ -185,7 +189,6 @@ def tokenize(
 
     if n_bins is not None and len(data):
         values, value_offsets = data[expressed], _suboffsets(expressed, offsets)
-        filled = np.diff(value_offsets) > 0
         uniform = None
         if tie_break == "random":
             if draws is not None and draws.uniform is not None:
@@ -193,8 +196,11 @@ def tokenize(
                 _check_draws(uniform, len(values), "uniform numbers", "non-zero values")
             else:
                 uniform = bin_uniforms(token_ids[expressed], values, value_offsets, seed)
-        binned, _ = bin_values(values, np.concatenate([[0], value_offsets[1:][filled]]), n_bins, uniform)
-        bins[expressed] = binned
+        if groups is None:
+            filled = np.diff(value_offsets) > 0
+            bins[expressed], _ = bin_values(values, np.concatenate([[0], value_offsets[1:][filled]]), n_bins, uniform)
+        else:
+            bins[expressed] = _bin_groups(values, value_offsets, groups[columns[expressed]], n_bins, uniform)
 
     room = max_length - (cls_id is not None)
     long = lengths > room
@@ -224,6 +230,21 @@ def tokenize(
         config.pad_value,
         valid=torch.from_numpy(has_values),
     )
+
+
+def _bin_groups(
+    values: np.ndarray, offsets: np.ndarray, groups: np.ndarray, n_bins: int, uniform: np.ndarray | None
+) -> np.ndarray:
+    """Bins of the values of each cell, those of each group by themselves."""
+    cell = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    order = np.lexsort((groups, cell))
+    part = (cell * (groups.max(initial=0) + 1) + groups)[order]
+    ends = np.flatnonzero(np.diff(part, append=-1)) + 1
+    bins = np.empty(len(values), dtype=np.int64)
+    bins[order], _ = bin_values(
+        values[order], np.concatenate([[0], ends]), n_bins, None if uniform is None else uniform[order]
+    )
+    return bins
 
 
 def _entries(counts: csr_matrix, *, include_zeros: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

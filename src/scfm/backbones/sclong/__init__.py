@@ -10,6 +10,7 @@ import torch
 
 from ...genes import GeneMatch
 from .._base import Backbone, Checkpoint, GeneRows
+from .._fine_tuning import ZeroShot
 from . import checkpoint, tokenizer
 from .annotations import read_annotations
 from .attention import attention_map
@@ -60,6 +61,7 @@ class SCLongBackbone(Backbone):
     self_changing: ClassVar[tuple[str, ...]] = (r"value_embedding\.mask\.weight", r"go\.weight")
     # the graph is data, not weights
     constants: ClassVar[tuple[str, ...]] = ("go.edges", "go.edge_weight")
+    vocab_tables: ClassVar[tuple[str, ...]] = ("gene_table.weight", "go.weight")
     module: SCLong
     config: SCLongConfig
 
@@ -110,6 +112,10 @@ class SCLongBackbone(Backbone):
         go.edges, go.edge_weight = graph.edges.to(self.device), graph.weight.to(self.device, go.edge_weight.dtype)
         self.config = self.module.config = replace(self.config, n_edges=len(graph))
 
+    def set_gene_annotations(self, annotations: str | Path) -> None:
+        """Make the Gene Ontology graph of the vocabulary from a file that :func:`read_annotations` takes."""
+        self.set_go_graph(GOGraph.from_annotations(annotations, self.vocab))
+
     def set_attention_backend(self, backend: Backend) -> None:
         """Compute linear attention with ``"scfm"`` or with ``FastAttention`` of the package ``"performer-pytorch"``.
 
@@ -129,6 +135,11 @@ class SCLongBackbone(Backbone):
     def pooling_options(self, pooling: str, match: GeneMatch) -> dict[str, Any]:
         """The genes of the data, whose order ``"eq11"`` and ``"mean_dims"`` follow."""
         return {"columns": match.ids} if pooling in BY_COLUMN else {}
+
+    @classmethod
+    def zero_shot(cls, task: str) -> ZeroShot:
+        """For integration a number for each gene (Eq. 11 of the paper)."""
+        return ZeroShot(pooling="eq11") if task == "integration" else super().zero_shot(task)
 
     # -- tokens ------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,193 @@
+"""Regulatory networks: predicted edges beside known ones, and the start of a network from gene states."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from sklearn.metrics import average_precision_score
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_CHUNK_VALUES = 2**22
+# score of a pair that has no edge; weights are not negative
+_NO_EDGE = -1.0
+
+
+def network_scores(known: pd.DataFrame, edges: pd.DataFrame) -> dict[str, float]:
+    """AUPR ratio and early precision ratio of a predicted network.
+
+    Pairs of a source (a gene that regulates others in ``known``) and any gene of ``known`` are scored by the absolute weight
+    of their edge; edges between other genes are left out, and of an edge that is there twice the stronger counts.
+
+    Parameters
+    ----------
+    known
+        Known network, with the columns ``source`` and ``target``.
+    edges
+        Predicted network, with the columns ``source``, ``target`` and ``weight``, in any order.
+
+    Returns
+    -------
+    ``AUPR``
+        Average precision over all pairs, a gene with itself included; pairs without an edge come last.
+    ``AUPR ratio``
+        The same divided by the share of pairs that are known edges, which is what chance gives.
+    ``early hits``
+        Known edges among the strongest ``K`` predicted ones, with ``K`` the number of known edges. Of edges that share the
+        last weight, as many count as would on average in random order.
+    ``EPR``
+        Early precision ratio: early hits divided by those of chance, ``K * K / pairs``. A gene is not paired with itself
+        here.
+
+    Raises
+    ------
+    ValueError
+        If a column is missing, there are no known edges, or a weight is not finite.
+
+    References
+    ----------
+    Pratapa et al., BEELINE, Nature Methods 17, 147 (2020); Shu et al., DeepSEM, Nature Computational Science 1, 491 (2021).
+    """
+    for table, what, columns in (
+        (known, "known", ["source", "target"]),
+        (edges, "edges", ["source", "target", "weight"]),
+    ):
+        if absent := [name for name in columns if name not in table]:
+            msg = f"{what} lacks the column {', '.join(absent)}; it has {', '.join(map(str, table.columns)) or 'none'}"
+            raise ValueError(msg)
+    known_sources, known_targets = (known[name].astype(str).to_numpy() for name in ("source", "target"))
+    sources, genes = pd.Index(np.unique(known_sources)), pd.Index(np.union1d(known_sources, known_targets))
+    weights = np.abs(edges["weight"].to_numpy(dtype=np.float64))
+    if not len(known) or not np.isfinite(weights).all():
+        msg = "the weight of an edge is not finite" if len(known) else "known has no edges"
+        raise ValueError(msg)
+    shape = len(sources), len(genes)
+    truth = np.zeros(shape, dtype=bool)
+    truth[sources.get_indexer(known_sources), genes.get_indexer(known_targets)] = True
+    score = np.full(shape, _NO_EDGE)
+    rows, columns = (
+        index.get_indexer(edges[name].astype(str)) for index, name in ((sources, "source"), (genes, "target"))
+    )
+    inside = (rows >= 0) & (columns >= 0)
+    np.maximum.at(score, (rows[inside], columns[inside]), weights[inside])
+    aupr = float(average_precision_score(truth.ravel(), score.ravel()))
+    different = np.ones(shape, dtype=bool)
+    different[np.arange(len(sources)), genes.get_indexer(sources)] = False
+    hits, expected = _early_hits(truth[different], score[different])
+    return {
+        "AUPR": aupr,
+        "AUPR ratio": aupr / float(truth.mean()),
+        "early hits": hits,
+        "EPR": hits / expected if expected else np.nan,
+    }
+
+
+def _early_hits(truth: np.ndarray, score: np.ndarray) -> tuple[float, float]:
+    """Hits among the strongest edges, as many as are known, and what chance gives."""
+    n_known = int(truth.sum())
+    has_edge = score > _NO_EDGE
+    n_taken = min(n_known, int(has_edge.sum()))
+    expected = n_known**2 / len(truth) if len(truth) else 0.0
+    if not n_taken:
+        return 0.0, expected
+    last = -np.partition(-score, n_taken - 1)[n_taken - 1]
+    above, tied = score > last, score == last
+    hits = truth[above].sum() + (n_taken - above.sum()) * truth[tied].mean()
+    return float(hits), expected
+
+
+def edges_from_matrix(
+    adjacency: np.ndarray, genes: Sequence[str] | np.ndarray, *, sources: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Edges of an adjacency matrix whose rows are targets and whose columns are sources, as DeepSEM has it.
+
+    Parameters
+    ----------
+    adjacency
+        Weights ``(targets, sources)``, both in the order of ``genes``; zeros are no edges.
+    genes
+        Name of each gene.
+    sources
+        Genes that may be sources, for example transcription factors; by default all. Names that are not among ``genes`` are
+        ignored.
+
+    Returns
+    -------
+    Table with ``source``, ``target`` and ``weight``, the largest absolute weight first.
+    """
+    adjacency, genes = np.asarray(adjacency), np.asarray(genes).astype(str)
+    if adjacency.shape != (len(genes), len(genes)):
+        msg = f"adjacency has the shape {adjacency.shape}, but there are {len(genes)} genes"
+        raise ValueError(msg)
+    allowed = (
+        np.ones(len(genes), dtype=bool) if sources is None else np.isin(genes, np.asarray(list(sources), dtype=str))
+    )
+    target, source = np.nonzero(np.where(allowed, adjacency, 0))
+    weight = adjacency[target, source]
+    order = np.argsort(-np.abs(weight), kind="stable")
+    return pd.DataFrame({"source": genes[source[order]], "target": genes[target[order]], "weight": weight[order]})
+
+
+def similarity_adjacency(
+    states: np.ndarray, *, half_precision: bool = False, uniform_if_empty: bool = False
+) -> np.ndarray:
+    """Adjacency of genes from their contextual states, with which scLong starts the inference of a network.
+
+    The states of a gene over all cells are one vector, scaled to an absolute sum of 1, with its zeros replaced by the median
+    of its positive values. Scalar products of these vectors, without a gene's own, are scaled to an absolute row sum of 1.
+
+    Parameters
+    ----------
+    states
+        Genes by features, ``(genes, cells, dim)`` or ``(genes, features)``; missing genes are zero. Read in blocks, so it
+        may be memory-mapped.
+    half_precision
+        Round vectors, products and result to float16, as the authors' code does.
+    uniform_if_empty
+        Give genes without any similarity the same weight for all others; otherwise their row is zero.
+
+    Returns
+    -------
+    Matrix ``(genes, genes)`` of float32 (float16 with ``half_precision``), with a zero diagonal.
+
+    References
+    ----------
+    Bai et al., scLong, 2024.
+    """
+    n_genes = len(states)
+    features = np.reshape(states, (n_genes, -1))
+    if n_genes < 2 or not features.shape[1]:
+        msg = f"an adjacency needs at least two genes with states, not the shape {np.shape(states)}"
+        raise ValueError(msg)
+    kind = np.float16 if half_precision else np.float32
+    scale, fill = np.empty((n_genes, 1)), np.empty((n_genes, 1))
+    step = max(1, _CHUNK_VALUES // features.shape[1])
+    for start in range(0, n_genes, step):
+        rows = slice(start, start + step)
+        block = np.asarray(features[rows], dtype=np.float64)
+        if not np.isfinite(block).all():
+            msg = f"states of genes {start} to {start + len(block) - 1} hold values that are not finite"
+            raise ValueError(msg)
+        total = np.abs(block).sum(1, keepdims=True)
+        scale[rows] = np.where(total > 0, total, 1)
+        positive = np.where(block > 0, block, np.nan)
+        some = (block > 0).any(1)
+        fill[rows] = 0
+        fill[rows][some] = np.nanmedian(positive[some], axis=1, keepdims=True) if some.any() else 0
+    product = np.zeros((n_genes, n_genes), dtype=np.float32)
+    step = max(1, _CHUNK_VALUES // n_genes)
+    for start in range(0, features.shape[1], step):
+        block = np.asarray(features[:, start : start + step], dtype=np.float64)
+        block = (np.where(block == 0, fill, block) / scale).astype(kind).astype(np.float32)
+        product += block @ block.T
+    product = product.astype(kind).astype(np.float32)
+    np.fill_diagonal(product, 0)
+    total = np.abs(product).sum(1, keepdims=True)
+    product /= np.where(total > 0, total, 1)
+    if uniform_if_empty:
+        product[total[:, 0] == 0] = 1 / (n_genes - 1)
+        np.fill_diagonal(product, 0)
+    return product.astype(kind)

@@ -1,0 +1,120 @@
+"""Scores of predicted responses against the CellFM reference and scikit-learn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.sparse import csc_matrix, csr_matrix
+from scipy.stats import pearsonr
+from sklearn.metrics import r2_score
+
+from scfm.metrics import condition_means, perturbation_scores
+
+CELLFM = {
+    "MSE": "MSE",
+    "PCC1": "Pearson",
+    "PCC2": "Pearson paired delta",
+    "PCC3": "Pearson delta",
+    "R2": "R2",
+}
+
+
+def test_golden_cellfm(golden):
+    case = golden("cellfm", "metrics")
+    names = {tuple(map(int, key.strip("()").split(","))): name for key, name in case.case["pert_names"].items()}
+    conditions = [names[tuple(pair)] for pair in case.input["pert_id"].tolist()]
+    order = sorted(names.values())
+    observed, predicted, paired = (
+        condition_means(case.input[name], conditions, names=order) for name in ("target", "pred", "source")
+    )
+    scores = perturbation_scores(
+        observed,
+        predicted,
+        case.input["ctrl"].mean(0),
+        paired_control=paired,
+        de_genes=[case.input[f"de/{name}"] for name in order],
+    )
+    assert list(scores.index) == order
+    for theirs, ours in CELLFM.items():
+        for their_prefix, our_prefix in {"": "", "de_": "DE "}.items():
+            expected = case.expected[f"perturbation/{their_prefix}{theirs}"]
+            found = scores[our_prefix + ours].mean()
+            np.testing.assert_allclose(found, expected, rtol=case.case["tolerance"]["rtol"], err_msg=theirs)
+
+
+@given(seed=st.integers(0, 2**32 - 1), n_de=st.integers(2, 9))
+@settings(max_examples=25)
+def test_each_condition_as_scipy_and_scikit_learn(seed, n_de):
+    rng = np.random.default_rng(seed)
+    observed, predicted, control = rng.normal(3, 1, (4, 9)), rng.normal(3, 1, (4, 9)), rng.normal(3, 1, 9)
+    genes = [rng.choice(9, n, replace=False) for n in (n_de, 9, 2, n_de)]
+    scores = perturbation_scores(observed, predicted, control, de_genes=genes)
+    for i, chosen in enumerate(genes):
+        truth, guess, base = observed[i, chosen], predicted[i, chosen], control[chosen]
+        expected = {
+            "DE MSE": np.mean((truth - guess) ** 2),
+            "DE Pearson": pearsonr(truth, guess)[0],
+            "DE Pearson delta": pearsonr(truth - base, guess - base)[0],
+            "DE R2": r2_score(truth, guess),
+        }
+        assert scores.loc[i, list(expected)].to_dict() == pytest.approx(expected)
+
+
+def test_no_change_has_no_direction():
+    observed, control = np.array([[1.0, 2, 3]]), np.array([0.1, 0.7, 0.3])
+    scores = perturbation_scores(observed, control[None], control)
+    assert np.isnan(scores.loc[0, "Pearson delta"])
+    assert scores.loc[0, "R2"] < 0
+    flat = perturbation_scores(np.full((1, 3), 0.1), observed, control)
+    assert np.isnan(flat.loc[0, ["Pearson", "R2"]]).all()
+    assert np.isfinite(flat.loc[0, "Pearson delta"])
+    assert "Pearson paired delta" not in flat
+    assert "DE MSE" not in flat
+
+
+@pytest.mark.parametrize("kind", [np.asarray, csr_matrix, csc_matrix])
+def test_means_of_conditions(kind):
+    expression = np.array([[1.0, 0, 2], [3, 0, 0], [5, 6, 0], [0, 0, 8]])
+    table = condition_means(kind(expression), ["b", "a", "b", "c"])
+    assert list(table.index) == ["a", "b", "c"]
+    np.testing.assert_array_equal(table, [[3, 0, 0], [3, 3, 1], [0, 0, 8]])
+    assert list(condition_means(kind(expression), ["b", "a", "b", "c"], names=["c", "a"]).index) == ["c", "a"]
+
+
+def test_means_bad_input():
+    with pytest.raises(ValueError, match="no cells have the condition 'd'"):
+        condition_means(np.eye(3), list("abc"), names=["a", "d"])
+    with pytest.raises(ValueError, match="1 of 3 conditions are missing"):
+        condition_means(np.eye(3), ["a", None, "c"])
+    with pytest.raises(ValueError, match="2 conditions for 3 cells"):
+        condition_means(np.eye(3), ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"predicted": np.ones((2, 4))}, "predicted has the shape"),
+        ({"control": np.ones(4)}, "control has the shape"),
+        ({"paired_control": np.ones(3)}, "paired_control has the shape"),
+        ({"predicted": np.full((2, 3), np.nan)}, "predicted holds values that are missing"),
+        ({"observed": np.full((2, 3), np.inf)}, "observed holds values that are missing"),
+        ({"de_genes": [[0, 1]]}, "genes for 1 conditions"),
+        ({"de_genes": [[0, 1], []]}, "no de_genes"),
+        ({"de_genes": [[0, 1], [3]]}, "positions of genes, from 0 to 2"),
+        ({"de_genes": [[True, False, True]] * 2}, "positions of genes"),
+        ({"de_genes": [["g1"], ["g2"]]}, "positions of genes"),
+    ],
+)
+def test_bad_input(change, message):
+    given_values = {"observed": np.eye(2, 3), "predicted": np.eye(2, 3), "control": np.ones(3)} | change
+    with pytest.raises(ValueError, match=message):
+        perturbation_scores(**given_values)
+
+
+def test_tables_must_have_the_same_conditions():
+    observed = pd.DataFrame(np.eye(2, 3), index=["a", "b"])
+    with pytest.raises(ValueError, match="reindex"):
+        perturbation_scores(observed, observed.loc[["b", "a"]], np.ones(3))

@@ -1,0 +1,194 @@
+"""The cell-type classifier over every backbone: set up, train, predict, save, load, and what goes wrong."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import read_h5ad
+
+import scfm
+from scfm.backbones import from_config
+from scfm.genes import GeneVocab
+from scfm.models import CellTypeClassifier
+
+RUN = {"accelerator": "cpu", "enable_progress_bar": False}
+
+
+def backbone_of(kind, tiny, adata):
+    cls = scfm.backbones.backbone_class(kind)
+    vocab = GeneVocab([*cls.specials, *adata.var_names], specials=cls.specials)
+    return from_config(kind, cls.config_for(dict(tiny[kind]), vocab), vocab, device="cpu", precision="float32")
+
+
+def fresh(kind, tiny, adata, **options):
+    CellTypeClassifier.setup_anndata(adata, labels_key="label", batch_key="batch")
+    return CellTypeClassifier(adata, checkpoint=backbone_of(kind, tiny, adata), device="cpu", seed=1, **options)
+
+
+@pytest.fixture(scope="module")
+def adata(make_data):
+    return make_data(60)
+
+
+@pytest.fixture(scope="module")
+def trained(kind, tiny, adata):
+    model = fresh(kind, tiny, adata)
+    model.train(max_epochs=30, batch_size=12, min_cells=1, lr=3e-3, seed=0, **RUN)
+    return model
+
+
+def test_training_learns_and_holds_out_whole_batches(trained, adata):
+    batches = adata.obs["batch"].to_numpy()
+    assert set(batches[trained.train_indices]).isdisjoint(batches[trained.validation_indices])
+    assert trained.is_trained
+    assert {"train_loss_epoch", "validation_loss", "accuracy_train", "accuracy_validation"} <= set(trained.history)
+    predicted = trained.predict()
+    assert predicted.shape == (adata.n_obs,)
+    usable = np.arange(adata.n_obs) != 3
+    assert pd.isna(predicted[3]), "a cell without counts has no label"
+    assert (predicted == adata.obs["label"].to_numpy())[usable].mean() > 0.6
+
+
+def test_probabilities_belong_to_labels(trained, adata):
+    table = trained.predict(soft=True)
+    assert list(table.columns) == ["x", "y", "z"]
+    assert list(table.index) == list(adata.obs_names)
+    known = table.notna().all(axis=1)
+    np.testing.assert_allclose(table[known].sum(1), 1, rtol=1e-5)
+    assert (table[known].idxmax(axis=1) == trained.predict()[known]).all()
+    rejected = trained.predict(min_confidence=0.999999)
+    assert pd.isna(rejected).sum() > pd.isna(trained.predict()).sum()
+
+
+def test_other_cells_need_no_setup_no_labels_and_no_order(trained, adata, tmp_path):
+    expected = trained.predict(soft=True).to_numpy()
+    query = adata[::-1, ::-1].copy()
+    query.obs = query.obs[[]]
+    np.testing.assert_allclose(trained.predict(query, soft=True).to_numpy()[::-1], expected, rtol=2e-4, atol=1e-5)
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    backed = read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    for data in (backed, tmp_path / "cells.h5ad"):
+        np.testing.assert_allclose(trained.predict(data, soft=True).to_numpy(), expected, rtol=2e-4, atol=1e-5)
+    part = trained.predict(adata, indices=[5, 2], soft=True)
+    assert list(part.index) == ["cell5", "cell2"]
+    np.testing.assert_allclose(part.to_numpy(), expected[[5, 2]], rtol=2e-4, atol=1e-5)
+
+
+def test_save_and_load(trained, adata, tmp_path):
+    trained.save(tmp_path / "model")
+    loaded = CellTypeClassifier.load(tmp_path / "model", adata, accelerator="cpu")
+    np.testing.assert_array_equal(loaded.predict(soft=True), trained.predict(soft=True))
+    alone = CellTypeClassifier.load(tmp_path / "model", adata=False, accelerator="cpu")
+    np.testing.assert_array_equal(alone.predict(adata, soft=True), trained.predict(soft=True))
+    with pytest.raises(ValueError, match="without data"):
+        alone.predict()
+    assert loaded.learner.style == trained.learner.style
+    assert loaded.summary_string.startswith("CellTypeClassifier")
+    backbone = scfm.load(tmp_path / "model", device="cpu")
+    assert backbone.kind == trained.backbone.kind
+
+
+def test_damage_to_the_head_is_noticed(kind, tiny, adata, tmp_path):
+    model = fresh(kind, tiny, adata, head="linear")
+    model.save(tmp_path / "model")
+    file = tmp_path / "model" / "head.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(scfm.CheckpointError, match="damaged"):
+        CellTypeClassifier.load(tmp_path / "model", adata)
+
+
+def test_query_data_go_on_with_the_same_classes(trained, make_data):
+    query = make_data(30, seed=5)
+    query.obs["label"] = "x"
+    model = CellTypeClassifier.load_query_data(query, trained)
+    assert list(model.classes) == list(trained.classes)
+    np.testing.assert_array_equal(model.predict(soft=True), trained.predict(query, soft=True))
+
+
+def test_the_same_seed_gives_the_same_model(kind, tiny, make_data):
+    def run():
+        model = fresh(kind, tiny, make_data(30))
+        model.train(max_epochs=2, batch_size=8, min_cells=1, seed=3, **RUN)
+        return model.predict(soft=True)
+
+    np.testing.assert_array_equal(run(), run())
+
+
+def test_adapters_and_a_frozen_backbone_train_the_head_beside_them(kind, tiny, adata):
+    for options, training in (({"lora": 2}, {}), ({}, {"freeze": "backbone"})):
+        model = fresh(kind, tiny, adata, **options)
+        names = dict(model.learner.named_parameters())
+        before = {name: p.detach().clone() for name, p in names.items()}
+        model.train(max_epochs=1, batch_size=12, min_cells=1, **training, **RUN)
+        changed = {name for name, p in names.items() if not np.array_equal(p.detach(), before[name])}
+        assert any(model.learner.is_head(name) for name in changed)
+        assert all(model.learner.is_head(name) or ".lora_" in name for name in changed)
+
+
+# -- what goes wrong -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one(tiny):
+    return lambda adata, **options: fresh("scgpt", tiny, adata, **options)
+
+
+def test_wrong_columns_and_labels(make_data):
+    adata = make_data(12)
+    with pytest.raises(KeyError, match="no column 'type'"):
+        CellTypeClassifier.setup_anndata(adata, labels_key="type")
+    adata.obs["label"] = "only"
+    with pytest.raises(ValueError, match="fewer than two labels"):
+        CellTypeClassifier.setup_anndata(adata, labels_key="label")
+
+
+def test_rare_classes_are_left_out_and_never_predicted(one, make_data, caplog):
+    adata = make_data(40)
+    adata.obs.loc[adata.obs_names[:2], "label"] = "rare"
+    model = one(adata)
+    model.train(max_epochs=1, train_size=1.0, min_cells=3, **RUN)
+    assert "rare (2)" in caplog.text
+    assert "rare" not in model.predict()
+    assert (model.predict(soft=True)["rare"].dropna() == 0).all()
+    with pytest.raises(ValueError, match="smaller min_cells"):
+        model.train(max_epochs=1, min_cells=1000, **RUN)
+
+
+def test_missing_labels_are_not_trained_on(one, make_data):
+    adata = make_data(40)
+    adata.obs["label"] = adata.obs["label"].astype(object)
+    adata.obs.iloc[:10, 1] = np.nan
+    model = one(adata)
+    model.train(max_epochs=1, **RUN)
+    assert set(range(10)).isdisjoint(model.train_indices)
+    assert set(range(10)).isdisjoint(model.validation_indices)
+    assert len(model.predict()) == 40
+
+
+def test_random_cells_to_validate_on_are_said_to_be_too_good(make_data, tiny, caplog):
+    adata = make_data(40)
+    CellTypeClassifier.setup_anndata(adata, labels_key="label")
+    model = CellTypeClassifier(adata, checkpoint=backbone_of("scgpt", tiny, adata))
+    model.train(max_epochs=1, **RUN)
+    assert "split_by=" in caplog.text
+    with pytest.raises(KeyError, match="donor"):
+        model.train(max_epochs=1, split_by="donor", **RUN)
+
+
+def test_class_weights_have_to_name_the_classes(one, make_data):
+    model = one(make_data(40))
+    with pytest.raises(KeyError, match="each class"):
+        model.train(max_epochs=1, class_weights={"x": 1.0}, **RUN)
+    model.train(max_epochs=1, class_weights={"x": 1.0, "y": 2.0, "z": 3.0}, **RUN)
+    np.testing.assert_array_equal(model.learner.weights, [1, 2, 3])
+
+
+def test_data_without_known_genes_or_layer(one, make_data):
+    model = one(make_data(40))
+    strange = make_data(5)
+    strange.var_names = [f"OTHER{i}" for i in range(strange.n_vars)]
+    with pytest.raises(ValueError, match="none of"):
+        model.predict(strange)

@@ -37,6 +37,7 @@ CAPABILITIES = {
     "generates": "generation of expression from a prompt",
     "enhances_depth": "read-depth enhancement",
     "pretrains": "a pre-training objective",
+    "multiomics": "a network for several modalities",
 }
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -225,7 +226,7 @@ class Backbone(ABC):
         return "counts"
 
     def fine_tuning(self, task: str) -> FineTuning:
-        """How the paper fine-tunes for ``"annotation"`` or ``"integration"``; override it where the paper does."""
+        """How the paper fine-tunes for ``"annotation"``, ``"integration"`` or ``"multiomics"``; override it where it does."""
         return FineTuning()
 
     @classmethod
@@ -268,6 +269,8 @@ class Backbone(ABC):
     def _pretraining_loss(self, tokens: TokenBatch, generator: torch.Generator, **options: Any) -> Any: ...  # noqa: B027
     def _class_logits(self, tokens: TokenBatch) -> tuple[Tensor, ...]: ...  # noqa: B027
     def _integration_loss(self, tokens: TokenBatch, generator: torch.Generator, **options: Any) -> Any: ...  # noqa: B027
+    def _multiomic(self, features: Mapping[str, Sequence[str]], **options: Any) -> Backbone: ...  # noqa: B027
+    def _multiomic_loss(self, tokens: TokenBatch, generator: torch.Generator, **options: Any) -> Any: ...  # noqa: B027
 
     def _cell_states(self, tokens: TokenBatch, pooling: str, **options: Any) -> Tensor:
         return self._embed(tokens, pooling, **options)
@@ -481,6 +484,45 @@ class Backbone(ABC):
             msg = f"the authors of {self.kind} publish no fine-tuning for integration; those of {', '.join(able)} do"
             raise UnsupportedError(msg)
         return self._integration_loss(tokens, generator, **options)
+
+    def multiomic(
+        self,
+        features: Mapping[str, Sequence[str]],
+        *,
+        n_layers: int | None = None,
+        n_batches: int = 0,
+        seed: int = 0,
+        continued: bool = False,
+    ) -> Backbone:
+        """Make a network for the features of several modalities around what the authors keep of this one.
+
+        Parameters
+        ----------
+        features
+            Names of the features of each modality. One that the vocabulary has keeps what the model knows about it.
+        n_layers
+            Layers of the new network; by default as the authors have it.
+        n_batches
+            Batches of the data that the network is told about; 0 for none.
+        seed
+            Seed of the fresh weights.
+        continued
+            This is such a network already: keep all the weights that fit.
+
+        Raises
+        ------
+        UnsupportedError
+            If there are no such networks of this kind.
+        ValueError
+            If a feature occurs twice, or ``n_layers`` makes no sense.
+        """
+        self.require("multiomics")
+        return self._multiomic(features, n_layers=n_layers, n_batches=n_batches, seed=seed, continued=continued)
+
+    def multiomic_loss(self, tokens: TokenBatch, generator: torch.Generator | None = None, **options: Any) -> Any:
+        """The loss with which the authors integrate modalities; everything as in :meth:`integration_loss`."""
+        self.require("multiomics")
+        return self._multiomic_loss(tokens, generator, **options)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Save weights, config, vocabulary and provenance to a directory that :func:`scfm.load` reads."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from ._cells import cells, summary
 from ._enhancement import enhancement
 from ._thinning import thin_counts
 
-__all__ = ["enhancement", "thin_counts"]
+__all__ = ["cells", "enhancement", "summary", "thin_counts"]

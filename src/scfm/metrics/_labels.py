@@ -33,7 +33,7 @@ def encode(values: Sequence | np.ndarray | pd.Series, what: str) -> tuple[np.nda
     if np.ndim(values) != 1:
         msg = f"{what} must have one value per cell, not the shape {np.shape(values)}"
         raise ValueError(msg)
-    codes, found = pd.factorize(pd.Series(values).array)
+    codes, found = pd.factorize(pd.Series(values))
     found = np.asarray(found)
     if found.dtype.kind == "f" and np.all(found == np.round(found)):
         found = found.astype(np.int64)

@@ -9,6 +9,7 @@ from ..backbones import backbone_kinds
 from ._base import FoundationModel
 from ._classifier import CellTypeClassifier
 from ._integrator import BatchIntegrator
+from ._multiome import MultiomeIntegrator
 from ._task import TaskModel
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "CellFM",
     "CellTypeClassifier",
     "FoundationModel",
+    "MultiomeIntegrator",
     "SCFoundation",
     "SCLong",
     "TaskModel",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import anndata
+import mudata
 import rich.pretty  # noqa: F401  (scvi-tools prints with it, but does not import it)
 import scvi
 from safetensors.torch import load_file, save_file
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from anndata import AnnData
+    from mudata import MuData
     from torch import Tensor
 
     from ..backbones import Backbone
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     Directory = str | os.PathLike[str]
 
 HEADER = "model.json"
-DATA = "adata.h5ad"
+DATA, MUDATA = "adata.h5ad", "mdata.h5mu"
 HEAD = "head.safetensors"
 FORMAT = 1
 
@@ -78,7 +80,7 @@ class SavingMixin:
         save_anndata
             Save the data, too.
         anndata_write_kwargs
-            Options of :meth:`anndata.AnnData.write_h5ad`.
+            Options of :meth:`anndata.AnnData.write_h5ad`, or of ``write_h5mu`` for MuData.
 
         Raises
         ------
@@ -111,7 +113,7 @@ class SavingMixin:
                 save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, directory / HEAD)
                 header["head_sha256"] = sha256(directory / HEAD)
             if save_anndata:
-                _write(self.adata, directory / DATA, **anndata_write_kwargs)
+                _write(self.adata, directory, **anndata_write_kwargs)
             (directory / HEADER).write_text(json.dumps(header) + "\n", encoding="utf-8")
 
     @classmethod
@@ -300,17 +302,22 @@ def _without_tables(registry: dict[str, Any]) -> dict[str, Any]:
     return {**registry, _SETUP_ARGS_KEY: arguments}
 
 
-def _saved_data(path: Path) -> AnnData | None:
+def _saved_data(path: Path) -> AnnData | MuData | None:
     if (path / DATA).is_file():
         return anndata.read_h5ad(path / DATA)
+    if (path / MUDATA).is_file():
+        return mudata.read_h5mu(path / MUDATA)
     msg = "no data were saved with the model and none were given; it is loaded without"
     warnings.warn(msg, UserWarning, stacklevel=scvi.settings.warnings_stacklevel)
     return None
 
 
-def _write(adata: AnnData, path: Path, **options: Any) -> None:
-    if adata.isbacked:
+def _write(data: AnnData | MuData, directory: Path, **options: Any) -> None:
+    if isinstance(data, mudata.MuData):
+        data.write_h5mu(directory / MUDATA, **options)
+        return
+    if data.isbacked:
         # writing a backed object would make it refer to the new file
-        with closing(adata.copy(path).file):
+        with closing(data.copy(directory / DATA).file):
             return
-    adata.write_h5ad(path, **options)
+    data.write_h5ad(directory / DATA, **options)

@@ -48,6 +48,7 @@ def integrate(
     key_added: str | None = None,
     n_top_genes: int | None = None,
     objective: Objective | None = None,
+    integrator: Mapping[str, Any] | None = None,
     train: Mapping[str, Any] | None = None,
     save_model: str | os.PathLike[str] | None = None,
     bbknn: Mapping[str, Any] | None = None,
@@ -96,6 +97,8 @@ def integrate(
         ``"finetune"`` as many as in the paper of the model.
     objective
         ``"paper"`` or ``"adversarial"``, what the model is trained with (``"finetune"``).
+    integrator
+        Further arguments of :class:`scfm.models.BatchIntegrator`, such as ``{{"lora": 8}}`` (``"finetune"``).
     train
         Further arguments of :meth:`scfm.models.BatchIntegrator.train`, such as ``{{"max_epochs": 5}}``
         (``"finetune"``).
@@ -161,7 +164,9 @@ def integrate(
     >>> sc.tl.umap(adata, neighbors_key="scfoundation_integrated_neighbors")  # doctest: +SKIP
     """
     check_can_hold_results(adata)
-    _check_arguments(method, objective=objective, train=train, save_model=save_model, bbknn=bbknn)
+    _check_arguments(
+        method, objective=objective, integrator=integrator, train=train, save_model=save_model, bbknn=bbknn
+    )
     batches = batch_names(adata.obs, batch_key)
     check_several(np.unique(batches), batch_key)
     if method == "bbknn":
@@ -178,23 +183,25 @@ def integrate(
             tokenize_options["duplicates"] = duplicates
         start = _logging.info(f"integrating {len(np.unique(batches))} batches by fine-tuning")
         with _set_up(adata, batch_key=batch_key, layer=layer, **names) as data:
-            integrator = BatchIntegrator(
+            trained = BatchIntegrator(
                 data,
                 checkpoint=model,
-                objective=objective,
-                n_top_genes=n_top_genes,
-                pooling=pooling,
-                tokenize=tokenize_options or None,
-                device=device,
-                seed=seed,
+                **{
+                    "objective": objective,
+                    "n_top_genes": n_top_genes,
+                    "pooling": pooling,
+                    "tokenize": tokenize_options or None,
+                    "device": device,
+                    "seed": seed,
+                    **(integrator or {}),
+                },
             )
-            integrator.train(**{"seed": seed, "enable_progress_bar": bool(progress), **(train or {})})
-            array = integrator.get_latent_representation(batch_size=batch_size)
-            name, record = _trained_record(
-                integrator, layer, params | {"rng": seed, "train": dict(train or {}) or None}
-            )
+            trained.train(**{"seed": seed, "enable_progress_bar": bool(progress), **(train or {})})
+            array = trained.get_latent_representation(batch_size=batch_size)
+            params |= {"rng": seed, "train": dict(train or {}) or None, "integrator": dict(integrator or {}) or None}
+            name, record = _trained_record(trained, layer, params)
             if save_model is not None:
-                integrator.save(save_model, overwrite=True)
+                trained.save(save_model, overwrite=True)
     else:
         backbone = _load(model, device=device, precision=precision, weights=weights)
         recipe = backbone.zero_shot("integration")
@@ -284,17 +291,15 @@ def _set_up(adata: AnnData, **arguments: Any) -> Iterator[AnnData]:
         data.uns.update(before)
 
 
-def _trained_record(
-    integrator: BatchIntegrator, layer: str | None, params: dict[str, Any]
-) -> tuple[str, dict[str, Any]]:
+def _trained_record(model: BatchIntegrator, layer: str | None, params: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Name of the model, and what was done."""
-    backbone, learner, choice = integrator.backbone, integrator.learner, integrator.gene_choice
-    epochs = integrator.history["train_loss_epoch"]
+    backbone, learner, choice = model.backbone, model.learner, model.gene_choice
+    losses = model.history["train_loss_epoch"]
     params |= {
         "objective": learner.objective,
         "pooling": backbone.check_pooling(learner.pooling),
-        "epochs": len(epochs),
-        "train_loss": float(epochs.iloc[-1, 0]),
+        "epochs": len(losses),
+        "train_loss": float(losses.iloc[-1, 0]),
         "layer": layer,
         "n_top_genes": None if choice is None else len(choice.genes),
         "flavor": None if choice is None else choice.how,
@@ -302,7 +307,7 @@ def _trained_record(
         "loss_options": learner.options or None,
     }
     where = "adata.X" if layer is None else f"layer {layer!r}"
-    return result_name(backbone), run_record(backbone, where, integrator._align(integrator.adata), params)
+    return result_name(backbone), run_record(backbone, where, model._align(model.adata), params)
 
 
 # -- graph ---------------------------------------------------------------------------------------------------------------

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 # the rate falls after every epoch
 _DECAY = {"schedule": "steps", "unit": "epoch", "step_size": 1, "gamma": 0.9}
+# layers of the network for several modalities, and the tensors of a pre-trained one that it starts from
+_MULTIOMIC_LAYERS, _MULTIOMIC_KEPT = 4, (r"genes\.embedding\.weight", r"genes\.norm\.weight")
 # cells whose genes are decoded from their embedding at once
 _CELLS_PER_STEP = 8
 
@@ -84,7 +86,7 @@ class SCGPTBackbone(Backbone):
 
     kind: ClassVar[str] = "scgpt"
     capabilities: ClassVar[frozenset[str]] = frozenset(
-        {"embeds", "gene_embeddings", "gene_states", "reconstructs", "attends", "generates", "pretrains"}
+        {"embeds", "gene_embeddings", "gene_states", "reconstructs", "attends", "generates", "pretrains", "multiomics"}
     )
     poolings: ClassVar[tuple[str, ...]] = ("cls", "avg-pool", "w-pool")
     specials: ClassVar[tuple[str, ...]] = checkpoint.SPECIALS
@@ -193,6 +195,17 @@ class SCGPTBackbone(Backbone):
                 n_top_genes=1200,
                 by_batch=True,
             )
+        if task == "multiomics":
+            has_proteins = "protein" in (name.lower() for name in self.config.modalities)
+            return FineTuning(
+                tokenize={"cls_value": 0.0, "include_zeros": not has_proteins, "max_length": 4001},
+                optimization={"optimizer": "adam", "learning_rate": 1e-3} | _DECAY | {"gamma": 0.95},
+                batch_size=16,
+                max_epochs=25,
+                monitor="gep",
+                objective={"mask_ratio": 0.4, "ecs_weight": 0.0, "dar_weight": 1.0},
+                n_top_genes=1200,
+            )
         return super().fine_tuning(task)
 
     def config_with_classes(self, n_classes: int, head: str) -> SCGPTConfig:
@@ -210,10 +223,49 @@ class SCGPTBackbone(Backbone):
             discriminator=True,
             mvc=self.config.mvc if (self.config.mvc or "").startswith("inner product") else "inner product",
             ecs_threshold=0.8,
-            n_classes=0,
         )
 
     def _integration_loss(self, tokens: TokenBatch, generator: torch.Generator | None, **options: Any) -> Any:
+        from .finetune import finetune_loss
+
+        return finetune_loss(self, tokens, generator, **options)
+
+    def _multiomic(
+        self,
+        features: Mapping[str, Sequence[str]],
+        *,
+        n_layers: int | None,
+        n_batches: int,
+        seed: int,
+        continued: bool,
+    ) -> SCGPTBackbone:
+        """Upstream keeps the gene table and the weight of its LayerNorm, and no other layer."""
+        from .._rebuild import rebuilt
+
+        if n_layers is None:
+            n_layers = self.config.n_layers if continued else min(_MULTIOMIC_LAYERS, self.config.n_layers)
+        if n_layers < 1:
+            msg = f"n_layers must be positive; got {n_layers}"
+            raise ValueError(msg)
+        config = replace(
+            self.config,
+            n_layers=n_layers,
+            n_batches=n_batches,
+            use_batch_labels=n_batches > 0,
+            discriminator=n_batches > 0,
+            input_norm="none",
+            explicit_zeros=False,
+            mvc=self.config.mvc or "inner product",
+            n_classes=0,
+            multiomic=True,
+            modalities=modality.modality_names(features),
+        )
+        vocab = modality.multiomic_vocab(self.vocab, features)
+        backbone = rebuilt(self, config, vocab=vocab, seed=seed, include=None if continued else _MULTIOMIC_KEPT)
+        backbone.set_modalities(features)
+        return backbone
+
+    def _multiomic_loss(self, tokens: TokenBatch, generator: torch.Generator | None, **options: Any) -> Any:
         from .finetune import finetune_loss
 
         return finetune_loss(self, tokens, generator, **options)
@@ -265,7 +317,8 @@ class SCGPTBackbone(Backbone):
         truncate
             Cells with more genes than fit keep a random subset (``"sample"``) or the first columns (``"first"``).
         include_zeros
-            Make tokens of unexpressed genes too, as fine-tuning does on a few thousand genes.
+            Make tokens of unexpressed genes too, as fine-tuning does on a few thousand genes; in a multi-omic model
+            only those of modalities of which the cell has any value.
         append_cls, cls_value
             Whether to put ``<cls>`` first, and the number in its value channel: by default the pad value (-2) as in
             embedding and pre-training; fine-tuning uses 0.

@@ -174,10 +174,11 @@ def tokenize(
 ) -> TokenBatch:
     """Tokens of all cells of a CSR block whose columns have vocabulary ids ``ids`` (see ``SCGPTBackbone.tokenize``).
 
-    Values of columns that differ in ``groups``, a number for each column, are binned apart.
+    Values of columns that differ in ``groups``, a number for each column, are binned apart, and zeros become tokens only
+    where the cell has a value in a column of the same group.
     """
     n_cells = counts.shape[0]
-    data, columns, offsets = _entries(counts, include_zeros=include_zeros)
+    data, columns, offsets = _entries(counts, include_zeros=include_zeros, groups=groups)
     if len(data) and not data.min() >= 0:
         msg = "scGPT bins counts or other non-negative values; the matrix holds negative numbers or NaN"
         raise ValueError(msg)
@@ -247,13 +248,23 @@ def _bin_groups(
     return bins
 
 
-def _entries(counts: csr_matrix, *, include_zeros: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _entries(
+    counts: csr_matrix, *, include_zeros: bool, groups: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Values, columns and offsets of the entries that become tokens; explicit zeros are not entries."""
     n_cells, n_columns = counts.shape
     data = counts.data if counts.data.dtype in (np.float32, np.float64) else counts.data.astype(np.float64)
     if include_zeros:
-        columns = np.tile(np.arange(n_columns), n_cells)
-        return counts.toarray().astype(data.dtype, copy=False).ravel(), columns, np.arange(n_cells + 1) * n_columns
+        columns, offsets = np.tile(np.arange(n_columns), n_cells), np.arange(n_cells + 1) * n_columns
+        values = counts.toarray().astype(data.dtype, copy=False).ravel()
+        if groups is None:
+            return values, columns, offsets
+        # zeros of a modality of which nothing was seen in a cell are no measurements
+        seen = np.zeros((n_cells, groups.max(initial=-1) + 1), dtype=bool)
+        cells, where = np.nonzero(values.reshape(n_cells, n_columns))
+        seen[cells, groups[where]] = True
+        kept = seen[:, groups].ravel()
+        return values[kept], columns[kept], _suboffsets(kept, offsets)
     expressed = data != 0
     offsets = counts.indptr.astype(np.int64)
     if expressed.all():

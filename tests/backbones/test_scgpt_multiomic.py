@@ -284,10 +284,32 @@ def test_each_modality_is_binned_by_itself(seed, rule, zeros):
         for cell, gene, value in zip(
             alone.flat_cells.tolist(), alone.flat_ids.tolist(), alone.flat_values.tolist(), strict=True
         ):
-            if gene > 2:
+            # zeros of a modality without any value are no measurements
+            if gene > 2 and part[cell].nnz:
                 assert bins[cell, gene] == value
                 compared += 1
     assert compared == len(bins)
+
+
+def test_zeros_of_a_modality_that_was_not_measured_are_no_tokens(multiome):
+    backbone, names = multiome(), np.array(RNA + ATAC + PROTEIN)
+    counts = counts_of(7).toarray()
+    counts[:, :12] += 1
+    counts[[0, 3], 20:] = 0
+    counts[[1, 3], 12:20] = 0
+    counts[2, 12:20] = [1, 0, 0, 0, 0, 0, 0, 0]
+    tokens = backbone.tokenize(sparse.csr_matrix(counts), names, include_zeros=True)
+    for cell in range(5):
+        found = tokens.select([cell])
+        expected = [part for part in FEATURES.values() if counts[cell, np.isin(names, part)].any()]
+        assert [*backbone.vocab.names[found.flat_ids]] == ["<cls>", *(name for part in expected for name in part)]
+        bins = found.flat_values.numpy()[1:]
+        kept = np.isin(names, np.concatenate(expected))
+        np.testing.assert_array_equal(bins == 0, counts[cell, kept] == 0)
+    counts[4] = 0
+    nothing = backbone.tokenize(sparse.csr_matrix(counts), names, include_zeros=True)
+    assert nothing.valid.tolist() == [True, True, True, True, False]
+    assert nothing.lengths[4] == 1
 
 
 def test_ties_are_spread_by_content(multiome):

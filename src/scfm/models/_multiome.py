@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     Data = MuData | str | os.PathLike[str]
 
 _PEAKS = 4000
-# entries of a block of cells whose zeros become tokens
-_BLOCK_ENTRIES = 2**21
+# most cells of a block, and most entries if zeros become tokens
+_BLOCK_CELLS, _BLOCK_ENTRIES = 2048, 2**21
 
 
 class MultiomeIntegrator(TaskModel):
@@ -129,6 +129,8 @@ class MultiomeIntegrator(TaskModel):
         device: str = "auto",
         seed: int | None = None,
     ) -> None:
+        if mdata is not None:
+            require_mudata(mdata)
         for name, number in (("n_top_genes", n_top_genes), ("n_top_peaks", n_top_peaks)):
             if isinstance(number, str) and number != "all":
                 msg = f"{name} must be a number or 'all'; got {number!r}"
@@ -474,7 +476,7 @@ class MultiomeIntegrator(TaskModel):
                 shape=(backbone.embedding_dim(pooling),),
                 task={"output": "joint cell embedding", "pooling": pooling},
                 batch_size=batch_size,
-                block_size=max(1, _BLOCK_ENTRIES // task.source.n_vars) if zeros else None,
+                block_size=max(1, min(_BLOCK_CELLS, _BLOCK_ENTRIES // task.source.n_vars)) if zeros else None,
             )
         if result.n_empty:
             _logging.warning(f"{result.n_empty:,} cells have no value that {backbone.name} uses; they are NaN")

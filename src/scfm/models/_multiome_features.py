@@ -118,13 +118,13 @@ def _peaks(source: CellSource, n: Number) -> tuple[np.ndarray, str]:
             msg = f"{source.where} does not hold counts: it {stats.problem()}. {stats.remedy()}"
             raise ValueError(msg)
         counts = block.counts
-        peaks = csr_matrix(
-            (counts.data, column[counts.indices], counts.indptr), shape=(len(counts.indptr) - 1, len(names))
-        )
+        # sorting changes a matrix in place, so it must not share memory with the data
+        ones, shape = np.ones(counts.nnz, dtype=np.float32), (counts.shape[0], len(names))
+        peaks = csr_matrix((ones, column[counts.indices], counts.indptr.copy()), shape=shape)
         peaks.sum_duplicates()
         open_in += peaks.getnnz(0)
-    share = open_in / max(source.n_obs, 1)
-    order = np.argsort(-share * (1 - share), kind="stable")
+    # the variance of a share is highest at one half
+    order = np.argsort(np.abs(2 * open_in - source.n_obs), kind="stable")
     return np.sort(names[order[:n]]).astype(object), "accessibility"
 
 
@@ -160,7 +160,7 @@ def match_features(
 
     Returns
     -------
-    Numbers of the found features by kind of modality, and what each of them is in the vocabulary, one after the other.
+    Numbers of the found features by kind of modality, in the order of the vocabulary, and what each of them is there.
     """
     columns, ids, how, names = {}, [], [], []
     for kind in modalities.of(mdata):
@@ -175,6 +175,8 @@ def match_features(
         wanted = np.zeros(len(vocab), dtype=bool)
         wanted[vocab.get_ids(choice.names[kind])] = True
         kept = np.flatnonzero((found >= 0) & wanted[found])
+        # what is random about a token depends on its place, which must not depend on the order of the features
+        kept = kept[np.argsort(found[kept], kind="stable")]
         columns[kind] = kept
         ids.append(found[kept])
         how.append(ways[kept])

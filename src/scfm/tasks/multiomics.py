@@ -78,7 +78,6 @@ class MultiomicLearner(Learner):
             backbone = _with_batches(backbone, features, n_batches, seed)
         recipe = backbone.fine_tuning("multiomics")
         super().__init__(backbone, None, recipe, tokenize={**recipe.tokenize, **(tokenize or {})})
-        self.features = {modality: list(names) for modality, names in features.items()}
         self.pooling, self.n_batches = pooling, n_batches
         self.options, self.parts = {**recipe.objective, **(options or {})}, tuple(parts)
 
@@ -92,9 +91,11 @@ class MultiomicLearner(Learner):
 
 
 def _made_anew(backbone: Backbone) -> list[str]:
-    """Names of the parts of a network that hold nothing of the one it was made from."""
-    kept = {name.partition(".")[0] for name in backbone.load_report.loaded}
-    return sorted({name.partition(".")[0] for name in backbone.load_report.fresh} - kept)
+    """Names of the parts of a network whose weights have nothing of the one it was made from."""
+    loaded = set(backbone.load_report.loaded)
+    parameters = [name for name, _ in backbone.module.named_parameters()]
+    kept = {name.partition(".")[0] for name in parameters if name in loaded}
+    return sorted({name.partition(".")[0] for name in parameters} - kept)
 
 
 def _with_batches(backbone: Backbone, features: Mapping[str, Sequence[str]], n_batches: int, seed: int) -> Backbone:

@@ -42,7 +42,7 @@ class Recipe:
         Text file with the genes of the vocabulary, one in a line, instead of ``n_genes``.
     annotations
         File of genes and their Gene Ontology terms, from which scLong's graph is made for the vocabulary; see
-        :func:`scfm.backbones.sclong.read_annotations`.
+        ``scfm.backbones.sclong.read_annotations``.
     layer
         Layer with the counts; ``X`` by default.
     max_steps, max_epochs

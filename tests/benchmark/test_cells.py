@@ -129,6 +129,9 @@ def test_summary_has_means_and_spreads(annotation):
     values = value(annotation, name="tiny", method="finetune", metric="accuracy")
     np.testing.assert_allclose([row["accuracy"], row["accuracy ±"]], [values.mean(), values.std(ddof=1)])
     assert row["runs"] == 4
+    one = scfm.benchmark.summary(annotation[(annotation["held_out"] == "a") & (annotation["seed"] == 0)])
+    assert one["macro F1"].notna().all()
+    assert one["macro F1 ±"].isna().all()
 
 
 def test_picture(annotation, tmp_path):

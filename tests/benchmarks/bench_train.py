@@ -58,8 +58,9 @@ def scfoundation_flops(lengths: np.ndarray, config) -> float:
     encoder += seen * (2 * config.n_bins**2 + 2 * config.n_bins * dim)
     # of each layer 4 e inner + 16 e^2 + 4 inner features belong to the queries
     spared = (n - masked) * (4 * e * inner + 16 * e**2 + 4 * inner * features)
-    decoder = np.array([decoder_flops(int(length), config) for length in seen]) + 2 * n * dim * e
-    return float((encoder + decoder - spared).sum())
+    decoder = np.array([decoder_flops(int(length), config) for length in seen])
+    # the inputs of unexpressed genes are the same for all cells
+    return float((encoder + decoder - spared).sum() + 2 * n * dim * e)
 
 
 def cellfm_flops(lengths: np.ndarray, config) -> float:

@@ -327,36 +327,68 @@ def test_the_loss_of_the_extension(backbone):
     with trained_weights(learner, None):
         without_dropout(learner)
         loss = learner.loss(tokens, torch.Generator().manual_seed(0))
-        assert loss.total == loss.pretraining + loss.adversary
+        close(loss.total, (loss.pretraining + loss.confusion + loss.classifier).detach(), rtol=1e-6)
         assert 0 <= loss.accuracy <= 1
-        for part, reaches_head in ((loss.pretraining, False), (loss.adversary, True)):
-            gradients = torch.autograd.grad(part, list(learner.parameters()), retain_graph=True, allow_unused=True)
+        for part, trains in (("pretraining", "network"), ("confusion", "network"), ("classifier", "head")):
+            gradients = torch.autograd.grad(
+                getattr(loss, part), list(learner.parameters()), retain_graph=True, allow_unused=True
+            )
             reached = {
                 name.partition(".")[0]
                 for (name, _), gradient in zip(learner.named_parameters(), gradients, strict=True)
                 if gradient is not None and gradient.abs().max() > 0
             }
-            assert reached == ({"network", "head"} if reaches_head else {"network"})
+            assert reached == {trains}, part
     with trained_weights(weighted, None):
         without_dropout(weighted)
         other = weighted.loss(tokens, torch.Generator().manual_seed(0))
-    close(other.adversary, 3 * loss.adversary.detach(), rtol=1e-4)
+    close(other.confusion, 3 * loss.confusion.detach(), rtol=1e-4)
     close(other.pretraining, loss.pretraining.detach(), rtol=1e-4)
 
 
-def test_the_gradient_of_the_classifier_reaches_the_cells_reversed():
-    classifier = BatchClassifier(5, 3).double().train()
-    cells = torch.randn(8, 5, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(0))
-    batches = torch.arange(8) % 3
-    ours = torch.autograd.grad(
-        torch.nn.functional.cross_entropy(classifier(cells), batches), [cells, *classifier.parameters()]
-    )
-    norm = (cells - cells.mean(0)) * torch.rsqrt(cells.var(0, correction=0) + classifier.norm.eps)
-    logits = classifier.out(torch.nn.functional.leaky_relu(classifier.hidden(norm)))
-    plain = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, batches), [cells, *classifier.parameters()])
-    assert plain[0].abs().max() > 1e-3
-    for sign, mine, theirs in zip([-1, 1, 1, 1, 1], ours, plain, strict=True):
-        close(mine, sign * theirs, atol=1e-12)
+def test_confusion_is_least_where_the_classifier_knows_no_more_than_the_sizes_of_batches():
+    classifier = BatchClassifier(5, 2).double()
+    classifier.seen.copy_(torch.tensor([30.0, 10.0]))
+    cells, batches = torch.randn(8, 5, dtype=torch.float64), torch.arange(8) % 2
+    with torch.no_grad():
+        assert classifier.eval()(cells, batches)[2] > 0
+        classifier.out.weight.zero_()
+        classifier.out.bias.copy_(torch.tensor([0.75, 0.25]).log() / 10)
+        logits, cross_entropy, confusion = classifier(cells, batches)
+    close(logits.softmax(1), np.tile([0.75, 0.25], (8, 1)), atol=1e-7)
+    close(cross_entropy, -(np.log(0.75) + np.log(0.25)) / 2, atol=1e-6)
+    close(confusion, 0, atol=1e-7)
+    assert classifier.seen.tolist() == [30, 10]
+    classifier.train()(cells[:3], batches[:3])
+    assert classifier.seen.tolist() == [32, 11], "cells count in training only"
+
+
+def test_embeddings_learn_to_tell_nothing_of_batches():
+    """A linear encoder of cells in which batches are apart: they come together, and what else there is stays."""
+    generator = torch.Generator().manual_seed(0)
+    kinds, batches = torch.arange(80) % 2, torch.arange(80) // 40
+    cells = torch.randn(80, 4, generator=generator)
+    cells[:, 0] += 4.0 * kinds
+    cells[:, 1] += 4.0 * batches
+    encoder = torch.eye(4).requires_grad_()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        classifier = BatchClassifier(4, 2).train()
+    optimizer = torch.optim.Adam([encoder, *classifier.parameters()], lr=3e-3)
+
+    def apart(of):
+        z = (cells @ encoder).detach()
+        return float((z[of == 1].mean(0) - z[of == 0].mean(0)).norm() / z.std(0).norm())
+
+    before = apart(batches)
+    for _ in range(600):
+        z = cells @ encoder
+        _, cross_entropy, confusion = classifier(z, batches)
+        optimizer.zero_grad()
+        (cross_entropy + confusion + (z[:, 0] - cells[:, 0]).square().mean()).backward()
+        optimizer.step()
+    assert apart(batches) < 0.3 * before
+    assert apart(kinds) > before / 2
 
 
 def test_the_adversary_sees_the_tokens_that_are_embedded():
@@ -389,5 +421,7 @@ def test_choosing_cells_chooses_them_in_both_kinds_of_tokens(backbone, seed, n_c
 
 def test_a_classifier_of_batches_takes_one_cell():
     classifier = BatchClassifier(5, 3).train()
-    assert classifier(torch.randn(1, 5)).shape == (1, 3)
-    assert torch.isfinite(classifier(torch.randn(4, 5))).all()
+    for n_cells in (1, 4):
+        logits, cross_entropy, confusion = classifier(torch.randn(n_cells, 5), torch.arange(n_cells) % 3)
+        assert logits.shape == (n_cells, 3)
+        assert torch.isfinite(torch.stack([cross_entropy, confusion])).all()

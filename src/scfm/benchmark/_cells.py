@@ -171,13 +171,13 @@ def summary(table: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.Dat
     metrics = list(dict.fromkeys(table["metric"])) if metrics is None else list(metrics)
     chosen = table[table["metric"].isin(metrics)]
     keys = ["task", "kind", "name", "method"]
-    wide = chosen.pivot_table(index=keys, columns="metric", values="value", aggfunc=["mean", "std"], sort=False)
-    out = {}
+    grouped = chosen.groupby([*keys, "metric"], sort=False)["value"]
+    # one run has a mean and no spread
+    mean, spread, runs = (values.unstack("metric") for values in (grouped.mean(), grouped.std(), grouped.size()))
+    columns = {}
     for metric in metrics:
-        out[metric] = wide["mean"].get(metric)
-        out[f"{metric} ±"] = wide["std"].get(metric)
-    result = pd.DataFrame({name: column for name, column in out.items() if column is not None})
-    result["runs"] = chosen[chosen["metric"] == metrics[0]].groupby(keys).size().reindex(result.index)
+        columns |= {metric: mean[metric], f"{metric} ±": spread[metric]}
+    result = pd.DataFrame({**columns, "runs": runs[metrics[0]]})
     return result.sort_values(metrics[0], ascending=False)
 
 

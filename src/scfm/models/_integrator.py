@@ -46,8 +46,8 @@ class BatchIntegrator(TaskModel):
     Models whose authors integrate by fine-tuning are trained as they do it: scGPT with masked values, elastic cell
     similarity, a normalisation for each batch and an adversarial classifier of batches; CellFM with its pre-training
     objective on sampled zeros, without any knowledge of batches. All others, and these too if wanted, go on with their
-    pre-training while a classifier guesses the batch from the cell embedding and its gradient is reversed
-    (``objective="adversarial"``); no paper has that, it is an extension of scfm.
+    pre-training while the cell embedding learns to tell a classifier of batches nothing (``objective="adversarial"``);
+    no paper has that, it is an extension of scfm.
 
     Fine-tuning can remove differences between batches that are biology. Compare with what
     :func:`scfm.tl.integrate` gives without training, and with Harmony or scVI.

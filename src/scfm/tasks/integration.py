@@ -13,7 +13,6 @@ from torch import nn
 from ..backbones import TokenBatch, rebuilt
 from ..backbones._fine_tuning import FineTuning
 from ..nn.batch_norm import BatchNorm
-from ..nn.gradient_reversal import reverse_gradient
 from .learner import Learner
 
 if TYPE_CHECKING:
@@ -31,6 +30,8 @@ Objective = Literal["paper", "adversarial"]
 OBJECTIVES = ("paper", "adversarial")
 BATCH = "batch"
 _HIDDEN = 128
+# the classifier has to keep up with a model that changes what it looks at
+_SPEED = 10.0
 _ADVERSARY_WEIGHT = 1.0
 
 
@@ -42,21 +43,24 @@ class AdversarialLoss:
     ----------
     pretraining
         Loss of the paper's pre-training.
-    adversary
-        Cross entropy of the classifier of batches times its weight; its gradient reaches the model with the sign
-        reversed.
+    confusion
+        How far the classifier of batches is from knowing no more than the sizes of the batches (a Kullback-Leibler
+        divergence) times the weight of the adversary; only the model is trained with it.
+    classifier
+        Cross entropy of the classifier of batches; only the classifier is trained with it.
     accuracy
         Share of the cells whose batch the classifier finds.
     """
 
     pretraining: Tensor
-    adversary: Tensor
+    confusion: Tensor
+    classifier: Tensor
     accuracy: Tensor
 
     @property
     def total(self) -> Tensor:
-        """Sum of the two losses."""
-        return self.pretraining + self.adversary
+        """Sum of the three losses."""
+        return self.pretraining + self.confusion + self.classifier
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,11 @@ class PairedTokens(TokenBatch):
 
 
 class BatchClassifier(nn.Module):
-    """Guesses the batch of a cell from its embedding, and makes the embedding worse for this purpose.
+    """Guesses the batch of a cell from its embedding, which learns to leave it in the dark.
+
+    With a reversed gradient the model would be paid for guesses that are wrong, and learn to separate the batches in
+    another way. Here it is paid for guesses that tell no more than how large the batches are (domain confusion; Tzeng
+    et al., ICCV 2015).
 
     Parameters
     ----------
@@ -81,15 +89,34 @@ class BatchClassifier(nn.Module):
         Number of batches.
     """
 
+    seen: Tensor
+
     def __init__(self, dim: int, n_batches: int) -> None:
         super().__init__()
         self.norm = BatchNorm(dim, affine=False)
         self.hidden = nn.Linear(dim, _HIDDEN)
         self.out = nn.Linear(_HIDDEN, n_batches)
+        self.register_buffer("seen", torch.ones(n_batches))
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.div_(_SPEED)
 
-    def forward(self, cells: Tensor) -> Tensor:
-        """Logits of the batches, ``(cells, batches)``."""
-        return self.out(F.leaky_relu(self.hidden(self.norm(reverse_gradient(cells)))))
+    def forward(self, cells: Tensor, batches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, cross entropy for the classifier, and confusion for the model."""
+        cells = self.norm(cells)
+        logits = self._logits(cells.detach(), *self.parameters())
+        if self.training:
+            self.seen += torch.bincount(batches, minlength=len(self.seen))
+        sizes = (self.seen / self.seen.sum()).to(logits.dtype)
+        guesses = F.log_softmax(self._logits(cells, *(p.detach() for p in self.parameters())), 1)
+        confusion = F.kl_div(guesses, sizes.expand_as(guesses), reduction="batchmean")
+        return logits, F.cross_entropy(logits, batches), confusion
+
+    @staticmethod
+    def _logits(cells: Tensor, hidden: Tensor, hidden_bias: Tensor, out: Tensor, out_bias: Tensor) -> Tensor:
+        # small weights that count more move faster in optimisers whose steps do not depend on the size of gradients
+        x = F.leaky_relu(F.linear(cells, _SPEED * hidden, _SPEED * hidden_bias))
+        return F.linear(x, _SPEED * out, _SPEED * out_bias)
 
 
 class IntegrationLearner(Learner):
@@ -103,8 +130,8 @@ class IntegrationLearner(Learner):
         Number of batches of the data.
     objective
         ``"paper"``: as the authors of the model fine-tune it. ``"adversarial"``, for any model: its pre-training
-        objective, and a classifier of batches on the cell embedding whose gradient is reversed. This one is ours; no
-        paper has it. By default ``"paper"`` where there is one.
+        objective, and a cell embedding that leaves a classifier of batches in the dark (:class:`BatchClassifier`). This
+        one is ours; no paper has it. By default ``"paper"`` where there is one.
     pooling
         Cell embedding.
     seed
@@ -193,13 +220,11 @@ class IntegrationLearner(Learner):
         options = dict(self.options)
         weight = options.pop("adversary_weight", _ADVERSARY_WEIGHT)
         pretraining = self.backbone.pretraining_loss(tokens.training, generator, **options).total
-        logits = self.head(self.backbone.cell_states(tokens, pooling=self.pooling))
-        batches = tokens.per_cell[BATCH].to(logits.device, torch.int64)
-        return AdversarialLoss(
-            pretraining,
-            weight * F.cross_entropy(logits, batches),
-            (logits.detach().argmax(1) == batches).float().mean(),
-        )
+        cells = self.backbone.cell_states(tokens, pooling=self.pooling)
+        batches = tokens.per_cell[BATCH].to(cells.device, torch.int64)
+        logits, classifier, confusion = self.head(cells, batches)
+        accuracy = (logits.detach().argmax(1) == batches).float().mean()
+        return AdversarialLoss(pretraining, weight * confusion, classifier, accuracy)
 
 
 def _checked(backbone: Backbone, objective: str | None) -> Objective:

@@ -85,8 +85,6 @@ class SCFoundation(nn.Module):
             config.encoder_dim, config.n_bins, config.bin_alpha, config.mask_value, config.pad_value
         )
         self.gene_embedding = nn.Embedding(config.n_positions + 1, config.encoder_dim)
-        # small, so that in training from scratch genes come together by what they share before chance keeps them apart
-        nn.init.normal_(self.gene_embedding.weight, std=0.1)
         self.encoder = _stack(config, "encoder")
         self.decoder_input = nn.Linear(config.encoder_dim, config.decoder_dim)
         self.decoder = _stack(config, "decoder")

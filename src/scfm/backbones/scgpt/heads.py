@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...nn.gradient_reversal import reverse_gradient
-
 if TYPE_CHECKING:
     from .config import MVCStyle
 
@@ -108,6 +106,16 @@ def mlp_head(dim: int, n_out: int, n_layers: int, activation: nn.Module) -> _Hea
     return _Head(nn.Sequential(*blocks), nn.Linear(dim, n_out))
 
 
+class _ReverseGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return -grad
+
+
 class Discriminator(_Head):
     """Classifier of the sequencing batch whose gradient reaches the encoder with the sign reversed."""
 
@@ -117,7 +125,7 @@ class Discriminator(_Head):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of the batches, ``(cells, n_batches)``."""
-        return super().forward(reverse_gradient(x))
+        return super().forward(_ReverseGradient.apply(x))
 
 
 def elastic_cell_similarity(cells: Tensor, threshold: float) -> Tensor:

@@ -40,6 +40,20 @@ def _isolated_settings(tmp_path, monkeypatch):
         setattr(scfm.settings, name, value)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread_for_tiny_networks(request):
+    """Threads cost more than they save where all tensors are tiny, above all on a busy machine."""
+    if request.path.parent.name not in ("benchmark", "models", "tasks", "tl"):
+        yield
+        return
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Golden:
     """One golden case: what the reference implementation was given and what it returned."""
 

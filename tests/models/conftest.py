@@ -5,18 +5,9 @@ from __future__ import annotations
 import warnings
 
 import pytest
-import torch
 from tiny import TINY
 
 from scfm.backbones import backbone_kinds
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

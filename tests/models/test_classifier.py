@@ -140,6 +140,7 @@ def test_wrong_columns_and_labels(make_data):
     adata = make_data(12)
     with pytest.raises(KeyError, match="no column 'type'"):
         CellTypeClassifier.setup_anndata(adata, labels_key="type")
+    assert list(adata.obs) == ["batch", "label"]
     adata.obs["label"] = "only"
     with pytest.raises(ValueError, match="fewer than two labels"):
         CellTypeClassifier.setup_anndata(adata, labels_key="label")

@@ -111,7 +111,7 @@ class CellTypeClassifier(TaskModel):
         aliases: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Register labelled data; nothing but ``uns`` is changed.
+        """Register labelled data; nothing but ``obs`` and ``uns`` is changed.
 
         Parameters
         ----------
@@ -141,8 +141,9 @@ class CellTypeClassifier(TaskModel):
         manager = AnnDataManager(
             fields=[
                 CountsField(REGISTRY_KEYS.X_KEY, layer),
-                CategoricalObsField(REGISTRY_KEYS.BATCH_KEY, batch_key),
+                # first, because it refuses data without changing them
                 LabelField(labels_key, unlabeled_category),
+                CategoricalObsField(REGISTRY_KEYS.BATCH_KEY, batch_key),
                 GeneField(gene_symbols, gene_ids),
             ],
             setup_method_args=setup_method_args,

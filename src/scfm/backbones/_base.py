@@ -34,6 +34,7 @@ CAPABILITIES = {
     "gene_states": "contextual gene embeddings",
     "reconstructs": "reconstructed expression",
     "attends": "attention maps",
+    "cell_attends": "attention of the token of a cell to genes",
     "generates": "generation of expression from a prompt",
     "enhances_depth": "read-depth enhancement",
     "pretrains": "a pre-training objective",
@@ -134,6 +135,8 @@ class Backbone(ABC):
     integrates: ClassVar[bool] = False
     # names of the submodules with weights for single batches of the data
     batch_modules: ClassVar[tuple[str, ...]] = ()
+    # options of attention() with which scores become a network of genes, as the authors do it where they do
+    network_attention: ClassVar[Mapping[str, Any]] = {}
     # regular expressions for whole names of parameters that a training pass changes by itself, beside the optimiser
     self_changing: ClassVar[tuple[str, ...]] = ()
 
@@ -217,6 +220,43 @@ class Backbone(ABC):
         msg = f"{self.kind} learns nothing from annotations of genes; leave them out"
         raise UnsupportedError(msg)
 
+    @property
+    def gene_tables(self) -> list[torch.nn.Parameter]:
+        """Learned vectors of the vocabulary entries, of those tables that hold one for each."""
+        parameters = dict(self.module.named_parameters())
+        return [parameters[name] for name in self.vocab_tables if name in parameters and parameters[name].ndim == 2]
+
+    def set_gene_vectors(self, vectors: np.ndarray, *, norm: float | None = None) -> None:
+        """Let a new network start from given vectors of its genes instead of random ones.
+
+        Parameters
+        ----------
+        vectors
+            Array ``(n_genes, dim)`` in the order of ``vocab.genes``, as wide as the :attr:`gene_tables`.
+        norm
+            Mean length to which they are scaled, by default that of the random ones.
+
+        Raises
+        ------
+        UnsupportedError
+            If the model has no table of gene vectors.
+        ValueError
+            If the shape is another one.
+        """
+        if not self.gene_tables:
+            msg = f"{self.kind} has no table of gene vectors; leave gene_vectors out"
+            raise UnsupportedError(msg)
+        values, genes = np.asarray(vectors, dtype=np.float64), torch.from_numpy(np.flatnonzero(self.vocab.is_gene))
+        for table in self.gene_tables:
+            if values.shape != (self.vocab.n_genes, table.shape[1]):
+                msg = f"the vectors have the shape {values.shape}, not {(self.vocab.n_genes, table.shape[1])}"
+                raise ValueError(msg)
+            rows = genes.to(table.device)
+            with torch.no_grad():
+                wanted = float(table[rows].double().norm(dim=1).mean()) if norm is None else norm
+                scaled = torch.from_numpy(values * (wanted / np.linalg.norm(values, axis=1).mean()))
+                table[rows] = scaled.to(table.device, table.dtype)
+
     def expected_values(self, options: Mapping[str, Any]) -> Literal["counts", "normalized", "any"]:
         """What a matrix has to hold for these tokenizer options.
 
@@ -266,6 +306,7 @@ class Backbone(ABC):
     def _reconstruct(self, tokens: TokenBatch, **options: Any) -> Tensor: ...  # noqa: B027
     def _iter_reconstruction(self, tokens: TokenBatch, genes: Tensor | None) -> Iterator[GeneRows]: ...  # noqa: B027
     def _attention(self, tokens: TokenBatch, layer: int, **options: Any) -> Tensor: ...  # noqa: B027
+    def _cell_attention(self, tokens: TokenBatch, genes: Tensor | None, **options: Any) -> Tensor: ...  # noqa: B027
     def _pretraining_loss(self, tokens: TokenBatch, generator: torch.Generator, **options: Any) -> Any: ...  # noqa: B027
     def _class_logits(self, tokens: TokenBatch) -> tuple[Tensor, ...]: ...  # noqa: B027
     def _integration_loss(self, tokens: TokenBatch, generator: torch.Generator, **options: Any) -> Any: ...  # noqa: B027
@@ -426,6 +467,26 @@ class Backbone(ABC):
         """Attention maps of one layer; see the documentation of the model for the shape."""
         self.require("attends")
         return self._attention(tokens.to(self.device), layer, **options)
+
+    @torch.inference_mode()
+    def cell_attention(self, tokens: TokenBatch, genes: Genes | None = None, **options: Any) -> Tensor:
+        """Ranks of the genes in the attention of the token that stands for the cell.
+
+        Parameters
+        ----------
+        tokens
+            Token batch.
+        genes
+            Names or ids of wanted genes; all tokens in their order by default.
+        **options
+            See the documentation of the model.
+
+        Returns
+        -------
+        Shape ``(cells, genes)``, float32; NaN where a cell has no such token.
+        """
+        self.require("cell_attends")
+        return self._cell_attention(tokens.to(self.device), self.gene_ids(genes), **options)
 
     def pretraining_loss(self, tokens: TokenBatch, generator: torch.Generator | None = None, **options: Any) -> Any:
         """The paper's pre-training objective; the random part is drawn from ``generator``."""

@@ -7,20 +7,24 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ._adapters import add_lora, has_lora, load_adapters, merge_lora, save_adapters
+    from ._coexpression import coexpression_vectors
     from ._freeze import freeze, set_training_mode
     from ._plan import MicroBatch, PretrainingPlan, TrainingPlan
     from ._presets import OPTIMIZATIONS, Optimization, build_optimizer, build_schedule
     from ._pretrain import TrainingResult, pretrain
-    from ._recipe import Recipe, frequent_genes
+    from ._recipe import Recipe
+    from ._vocabulary import frequent_genes, variable_genes
 
 # Lightning takes seconds to import, so that nothing is imported before it is used
 _HOMES = {
     "_adapters": ("add_lora", "has_lora", "load_adapters", "merge_lora", "save_adapters"),
+    "_coexpression": ("coexpression_vectors",),
     "_freeze": ("freeze", "set_training_mode"),
     "_plan": ("MicroBatch", "PretrainingPlan", "TrainingPlan"),
     "_presets": ("OPTIMIZATIONS", "Optimization", "build_optimizer", "build_schedule"),
     "_pretrain": ("TrainingResult", "pretrain"),
-    "_recipe": ("Recipe", "frequent_genes"),
+    "_recipe": ("Recipe",),
+    "_vocabulary": ("frequent_genes", "variable_genes"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -35,6 +39,7 @@ __all__ = [
     "add_lora",
     "build_optimizer",
     "build_schedule",
+    "coexpression_vectors",
     "freeze",
     "frequent_genes",
     "has_lora",
@@ -43,6 +48,7 @@ __all__ = [
     "pretrain",
     "save_adapters",
     "set_training_mode",
+    "variable_genes",
 ]
 
 

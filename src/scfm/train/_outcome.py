@@ -13,8 +13,9 @@ from ..backbones import from_config, load
 from ..backbones._base import backbone_class
 from ..checkpoints import store
 from ..genes import GeneVocab
-from ._recipe import frequent_genes
+from ._coexpression import coexpression_vectors
 from ._state import read_tensors
+from ._vocabulary import frequent_genes, variable_genes
 
 if TYPE_CHECKING:
     from ..backbones import Backbone
@@ -32,6 +33,9 @@ def _fresh(recipe: Recipe) -> Backbone:
     cls = backbone_class(recipe.kind)
     if recipe.genes is not None:
         genes = Path(recipe.genes).read_text(encoding="utf-8").split()
+    elif recipe.gene_choice == "variable":
+        share = recipe.measured_share
+        genes = variable_genes(recipe.sources, recipe.n_genes, layer=recipe.layer, measured_share=share)
     else:
         genes = frequent_genes(recipe.sources, recipe.n_genes, layer=recipe.layer)
     vocab = GeneVocab([*cls.specials, *genes], specials=cls.specials)
@@ -41,6 +45,10 @@ def _fresh(recipe: Recipe) -> Backbone:
     )
     if recipe.annotations is not None:
         backbone.set_gene_annotations(recipe.annotations)
+    if recipe.gene_vectors is not None:
+        width = max((table.shape[1] for table in backbone.gene_tables), default=1)
+        vectors = coexpression_vectors(recipe.sources, vocab.genes, width, layer=recipe.layer)
+        backbone.set_gene_vectors(vectors, norm=recipe.gene_vector_norm)
     return backbone
 
 

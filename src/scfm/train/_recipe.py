@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-import numpy as np
-import pandas as pd
 import yaml
 
-from ..data import open_source
 from ._presets import OPTIMIZATIONS, Optimization
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-_BLOCK = 2048
 _PATHS = ("genes", "annotations")
 
 
@@ -37,12 +30,22 @@ class Recipe:
     config
         Hyper-parameters of the network.
     n_genes
-        Size of the vocabulary: the genes detected in the largest share of cells.
+        Size of the vocabulary.
+    gene_choice
+        ``"frequent"`` for the genes detected in the largest share of cells, ``"variable"`` for those whose log-normalised
+        counts vary most; see :func:`scfm.train.frequent_genes` and :func:`scfm.train.variable_genes`.
+    measured_share
+        Share of the cells that have to come from sources that measure a variable gene.
     genes
-        Text file with the genes of the vocabulary, one in a line, instead of ``n_genes``.
+        Text file with the genes of the vocabulary, one in a line, instead of a choice.
     annotations
         File of genes and their Gene Ontology terms, from which scLong's graph is made for the vocabulary; see
         ``scfm.backbones.sclong.read_annotations``.
+    gene_vectors
+        ``"coexpression"`` lets the network start from vectors that :func:`scfm.train.coexpression_vectors` makes of the
+        sources, as scLong starts from gene2vec, instead of random ones.
+    gene_vector_norm
+        Mean length of these vectors; by default that of random ones.
     layer
         Layer with the counts; ``X`` by default.
     max_steps, max_epochs
@@ -97,8 +100,12 @@ class Recipe:
     checkpoint: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     n_genes: int = 8000
+    gene_choice: Literal["frequent", "variable"] = "frequent"
+    measured_share: float = 0.95
     genes: str | None = None
     annotations: str | None = None
+    gene_vectors: str | None = None
+    gene_vector_norm: float | None = None
     layer: str | None = None
     max_steps: int | None = None
     max_epochs: int | None = None
@@ -126,8 +133,14 @@ class Recipe:
         if (self.kind is None) == (self.checkpoint is None):
             msg = "a recipe needs either kind (a new network) or checkpoint (one that is trained further)"
             raise ValueError(msg)
-        if self.checkpoint is not None and (self.config or self.genes or self.annotations):
-            msg = "config, genes and annotations come with the checkpoint; leave them out"
+        if self.checkpoint is not None and (self.config or self.genes or self.annotations or self.gene_vectors):
+            msg = "config, genes, annotations and gene_vectors come with the checkpoint; leave them out"
+            raise ValueError(msg)
+        if self.gene_choice not in ("frequent", "variable"):
+            msg = f"gene_choice must be 'frequent' or 'variable'; got {self.gene_choice!r}"
+            raise ValueError(msg)
+        if self.gene_vectors not in (None, "coexpression"):
+            msg = f"gene_vectors must be 'coexpression' or left out; got {self.gene_vectors!r}"
             raise ValueError(msg)
         if not 0 <= self.validation_share < 1:
             msg = f"validation_share must be at least 0 and less than 1; got {self.validation_share}"
@@ -166,7 +179,14 @@ class Recipe:
         """A copy with the fields that are not ``None``; a new ``checkpoint`` takes the place of ``kind``."""
         values = {name: value for name, value in values.items() if value is not None}
         if "checkpoint" in values:
-            values |= {"kind": None, "config": {}, "genes": None, "annotations": None}
+            values |= {
+                "kind": None,
+                "config": {},
+                "genes": None,
+                "annotations": None,
+                "gene_vectors": None,
+                "gene_vector_norm": None,
+            }
         if "max_epochs" in values and "max_steps" not in values:
             values["max_steps"] = None
         return replace(self, **values)
@@ -175,20 +195,3 @@ class Recipe:
         """Optimiser and schedule for a network of this kind."""
         base = {"preset": kind} if kind in OPTIMIZATIONS else {}
         return Optimization.from_dict({**base, **self.optimization})
-
-
-def frequent_genes(sources: Sequence[str | Path], n_genes: int, *, layer: str | None = None) -> list[str]:
-    """Names of the genes that are detected in the largest share of the cells that measure them, sorted by name."""
-    detected, measured = pd.Series(dtype=float), pd.Series(dtype=float)
-    for path in sources:
-        with open_source(path, layer=layer) as source:
-            counts = np.zeros(source.n_vars)
-            for block in source.blocks(_BLOCK):
-                counts += np.bincount(block.counts.indices, minlength=source.n_vars)
-            names = pd.Index(source.var_names)
-            detected = detected.add(pd.Series(counts, index=names).groupby(level=0).sum(), fill_value=0)
-            cells = pd.Series(float(source.n_obs), index=names.unique())
-            measured = measured.add(cells, fill_value=0)
-    # a gene measured in few cells only is not frequent, however often it is seen there
-    share = detected / np.maximum(measured, measured.max() / 4)
-    return sorted(share.sort_values(ascending=False, kind="stable").index[:n_genes])

@@ -15,7 +15,7 @@ from .._base import Backbone, Checkpoint, GeneRows
 from .._fine_tuning import FineTuning
 from .._tokens import TokenBatch
 from . import checkpoint, tokenizer
-from .attention import Rank, attention_map, ranked
+from .attention import Rank, attention_map, cls_attention, ranked
 from .config import PRESETS, CellFMConfig
 from .gene_list import PAD
 from .heads import CrossRetentionHead
@@ -53,7 +53,7 @@ class CellFMBackbone(Backbone):
 
     kind: ClassVar[str] = "cellfm"
     capabilities: ClassVar[frozenset[str]] = frozenset(
-        {"embeds", "gene_embeddings", "gene_states", "reconstructs", "attends", "pretrains"}
+        {"embeds", "gene_embeddings", "gene_states", "reconstructs", "attends", "cell_attends", "pretrains"}
     )
     poolings: ClassVar[tuple[str, ...]] = ("cls", "mean")
     specials: ClassVar[tuple[str, ...]] = (PAD,)
@@ -67,6 +67,7 @@ class CellFMBackbone(Backbone):
     vocab_tables: ClassVar[tuple[str, ...]] = ("gene_embedding.weight",)
     class_heads: ClassVar[tuple[str, ...]] = ("retention", "mlp")
     head_modules: ClassVar[tuple[str, ...]] = ("head",)
+    network_attention: ClassVar[Mapping[str, Any]] = {"rank": True}
     integrates: ClassVar[bool] = True
     module: CellFM
     config: CellFMConfig
@@ -452,6 +453,24 @@ class CellFMBackbone(Backbone):
             rank=rank,
             padded_length=padded_length,
         )
+
+    def _cell_attention(
+        self,
+        tokens: TokenBatch,
+        genes: Tensor | None,
+        *,
+        layer: int | None = None,
+        rank: Rank = True,
+        padded_length: int = _MAX_LENGTH,
+    ) -> Tensor:
+        """As :meth:`class_attention`; without a class head, or in a chosen layer, what CLS looks at in the encoder."""
+        _check_rank(rank)
+        if layer is None and isinstance(self.module.head, CrossRetentionHead):
+            return self.class_attention(tokens, genes, rank=rank, padded_length=padded_length)
+        scores = cls_attention(
+            self.module, tokens, -1 if layer is None else layer, rank=rank, padded_length=padded_length
+        )
+        return arranged(tokens, scores, genes, len(self.vocab))
 
     def _pretraining_loss(self, tokens: TokenBatch, generator: torch.Generator | None, **options: Any) -> Any:
         from .objective import pretraining_loss

@@ -40,11 +40,7 @@ def attention_map(
     ValueError
         If there is no such layer.
     """
-    n_layers = len(module.layers)
-    if not -n_layers <= layer < n_layers:
-        msg = f"this model has layers 0 to {n_layers - 1}; got {layer}"
-        raise ValueError(msg)
-    layer %= n_layers
+    layer = _layer(module, layer)
     attention = module.layers[layer].attention
     size = int(include_cls) + (tokens.max_length if places is None else len(places))
     heads = () if average_heads else (attention.heads,)
@@ -64,6 +60,34 @@ def attention_map(
             out[cell, ..., there[:, None], there] = scores
             cell += 1
     return out
+
+
+def cls_attention(module: CellFM, tokens: TokenBatch, layer: int, *, rank: Rank, padded_length: int) -> Tensor:
+    """Scores of the genes for the query of CLS in an encoder layer, averaged over heads, ``(tokens,)``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such layer.
+    """
+    layer = _layer(module, layer)
+    attention = module.layers[layer].attention
+    parts = []
+    for part in runs(tokens):
+        sequences = module.sequences(part)
+        states = module.encode(sequences, n_layers=layer) if layer else sequences.x
+        for x, n in zip(states.split(sequences.lengths), part.lengths.tolist(), strict=True):
+            q, k = attention.features(x[:1], x[1:])
+            parts.append(ranked((q @ k.transpose(1, 2)).squeeze(1), rank, padded_length - n).mean(0))
+    return torch.cat(parts) if parts else tokens.flat_values.new_empty(0)
+
+
+def _layer(module: CellFM, layer: int) -> int:
+    n_layers = len(module.layers)
+    if not -n_layers <= layer < n_layers:
+        msg = f"this model has layers 0 to {n_layers - 1}; got {layer}"
+        raise ValueError(msg)
+    return layer % n_layers
 
 
 def _chosen(q: Tensor, k: Tensor, columns: Tensor, *, rank: Rank, n_padding: int, average: bool) -> Tensor:

@@ -63,6 +63,8 @@ class SCFoundationBackbone(Backbone):
     layer_stacks: ClassVar[tuple[str, ...]] = ("encoder.layers", "decoder.layers")
     class_heads: ClassVar[tuple[str, ...]] = ("max-pool", "max-pool-padded")
     head_modules: ClassVar[tuple[str, ...]] = ("classifier",)
+    # the only map in which each gene of each cell has a place
+    network_attention: ClassVar[Mapping[str, Any]] = {"kind": "decoder"}
     module: SCFoundation
     config: SCFoundationConfig
     _told_about_weights: bool = False

@@ -86,7 +86,17 @@ class SCGPTBackbone(Backbone):
 
     kind: ClassVar[str] = "scgpt"
     capabilities: ClassVar[frozenset[str]] = frozenset(
-        {"embeds", "gene_embeddings", "gene_states", "reconstructs", "attends", "generates", "pretrains", "multiomics"}
+        {
+            "embeds",
+            "gene_embeddings",
+            "gene_states",
+            "reconstructs",
+            "attends",
+            "cell_attends",
+            "generates",
+            "pretrains",
+            "multiomics",
+        }
     )
     poolings: ClassVar[tuple[str, ...]] = ("cls", "avg-pool", "w-pool")
     specials: ClassVar[tuple[str, ...]] = checkpoint.SPECIALS
@@ -99,6 +109,7 @@ class SCGPTBackbone(Backbone):
     constants: ClassVar[tuple[str, ...]] = (modality.TABLE,)
     vocab_tables: ClassVar[tuple[str, ...]] = ("genes.embedding.weight", modality.TABLE)
     class_heads: ClassVar[tuple[str, ...]] = ("cls",)
+    network_attention: ClassVar[Mapping[str, Any]] = {"rank": True}
     head_modules: ClassVar[tuple[str, ...]] = ("classifier", "discriminator")
     integrates: ClassVar[bool] = True
     batch_modules: ClassVar[tuple[str, ...]] = ("batches", "domain_norms", "discriminator")
@@ -661,17 +672,9 @@ class SCGPTBackbone(Backbone):
             Replace scores by their ranks among the keys of a cell, and these by their ranks among the queries, as
             scGPT does for regulatory networks.
         """
-        n_layers = len(self.module.layers)
-        if not -n_layers <= layer < n_layers:
-            msg = f"this model has layers 0 to {n_layers - 1}; got {layer}"
-            raise ValueError(msg)
         places = self.gene_ids(genes)
         scores = scores or ("raw" if rank else "softmax")
-        _, x, padding = self._inputs(tokens)
-        for block in self.module.layers[: layer % n_layers]:
-            x = block(x, padding)
-        block = self.module.layers[layer]
-        q, k, _ = block.project(block.norm1(x) if block.pre_norm else x)
+        q, k, padding = self._queries_and_keys(tokens, layer)
         if scores == "raw":
             weights = (q.float() @ k.float().transpose(-1, -2)).masked_fill(tokens.padding[:, None, None, :], torch.nan)
         else:
@@ -680,6 +683,36 @@ class SCGPTBackbone(Backbone):
             weights = _ranked(weights, tokens.lengths.tolist())
         weights = weights.mean(1) if average_heads else weights
         return weights if places is None else _chosen(weights, tokens, places)
+
+    def _cell_attention(self, tokens: TokenBatch, genes: Tensor | None, *, layer: int = -1) -> Tensor:
+        """Ranks of the genes among the products of the query of ``<cls>`` with their keys, averaged over heads."""
+        if bool((tokens.flat_ids[tokens.offsets[:-1]] != self.cls_id).any()):
+            msg = "these cells do not begin with <cls>; leave append_cls=True"
+            raise ValueError(msg)
+        q, k, _ = self._queries_and_keys(tokens, layer)
+        scores = (q[:, :, :1].float() @ k.float().transpose(-1, -2)).squeeze(2)
+        ranks = rank_normalize(scores[..., 1:].masked_fill(tokens.padding[:, None, 1:], torch.nan)).mean(1)
+        if genes is None:
+            return ranks
+        columns = torch.full((len(self.vocab),), len(genes), device=genes.device)
+        columns[genes] = torch.arange(len(genes), device=genes.device)
+        # what is not wanted, and padding, goes into a column that is cut off
+        place = columns[tokens.ids[:, 1:]].masked_fill(tokens.padding[:, 1:], len(genes))
+        out = torch.full((len(tokens), len(genes) + 1), torch.nan, device=ranks.device)
+        return out.scatter_(1, place, ranks)[:, :-1]
+
+    def _queries_and_keys(self, tokens: TokenBatch, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Queries and keys of a layer, ``(cells, heads, length, dim)``, and the padding."""
+        n_layers = len(self.module.layers)
+        if not -n_layers <= layer < n_layers:
+            msg = f"this model has layers 0 to {n_layers - 1}; got {layer}"
+            raise ValueError(msg)
+        _, x, padding = self._inputs(tokens)
+        for block in self.module.layers[: layer % n_layers]:
+            x = block(x, padding)
+        block = self.module.layers[layer]
+        q, k, _ = block.project(block.norm1(x) if block.pre_norm else x)
+        return q, k, padding
 
     # -- generation --------------------------------------------------------------------------------------------------
 

@@ -58,6 +58,7 @@ class SCLongBackbone(Backbone):
     }
     embedding_modules: ClassVar[tuple[str, ...]] = ("value_embedding", "gene_table", "go")
     layer_stacks: ClassVar[tuple[str, ...]] = tuple(f"{name}.layers" for name in STACKS)
+    network_attention: ClassVar[Mapping[str, Any]] = {"kind": "large", "average_layers": True}
     self_changing: ClassVar[tuple[str, ...]] = (r"value_embedding\.mask\.weight", r"go\.weight")
     # the graph is data, not weights
     constants: ClassVar[tuple[str, ...]] = ("go.edges", "go.edge_weight")
@@ -115,6 +116,13 @@ class SCLongBackbone(Backbone):
     def set_gene_annotations(self, annotations: str | Path) -> None:
         """Make the Gene Ontology graph of the vocabulary from a file that :func:`read_annotations` takes."""
         self.set_go_graph(GOGraph.from_annotations(annotations, self.vocab))
+
+    def set_gene_vectors(self, vectors: np.ndarray, *, norm: float | None = None) -> None:
+        """As for every model; as in the paper both tables start alike, and the vector of padding is zero."""
+        super().set_gene_vectors(vectors, norm=norm)
+        with torch.no_grad():
+            for table in self.gene_tables:
+                table[self.vocab.get_ids([checkpoint.PAD])] = 0
 
     def set_attention_backend(self, backend: Backend) -> None:
         """Compute linear attention with ``"scfm"`` or with ``FastAttention`` of the package ``"performer-pytorch"``.

@@ -30,6 +30,14 @@ GENE_MATCH_HOW = "scfm_match"
 GENE_MATCH_RECORD = "match_genes"
 COMPARISON = "compare_embeddings"
 ENHANCED = "enhanced"
+ENRICHMENT = "enrichment"
+GENE_SIMILARITY = "gene_similarity"
+NETWORK = "gene_network"
+TARGETS = "tf_targets"
+ACTIVITY = "tf_activity"
+CELL_TYPE_GENES = "cell_type_genes"
+PROGRAMS = "gene_programs"
+GENE_PROGRAM = "gene_program"
 
 
 def clusters(embedding_name: str) -> str:
@@ -85,3 +93,19 @@ def integrated_record(model: str) -> str:
 def neighbors(key: str) -> str:
     """Slot of ``uns`` for the graph of the cells in the embedding ``key``; those of ``obsp`` begin with it."""
     return f"{key}_neighbors"
+
+
+def network_of(key: str, condition: str) -> str:
+    """Slot of ``varp`` for the network of one of several groups of cells."""
+    return f"{key}_{condition.replace('/', '_')}"
+
+
+def gene_graph(key: str, what: str) -> str:
+    """Slot of ``varp`` for the distances or connectivities of the genes behind the programs ``key``."""
+    return f"{key}_{what}"
+
+
+# what scfm.pp.perturbation_setup writes into uns and obs
+PERTURBATION = "perturbation"
+PERTURBATION_OF_CELL = "scfm_perturbation"
+CONTROL_OF_CELL = "scfm_control"

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 _EXTRAS = {
+    "arboreto": "grnboost",
     "bbknn": "bbknn",
     "dask": "dask",
+    "decoupler": "regulators",
     "faiss": "faiss",
     "flash_attn": "flash-attn",
     "gseapy": "enrichment",

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scfm.metrics import _network, edges_from_matrix, network_scores, similarity_adjacency
+from scfm.metrics import _network, cosine_adjacency, edges_from_matrix, network_scores, similarity_adjacency
 
 
 @pytest.fixture
@@ -146,3 +146,22 @@ def test_matrix_bad_input():
         similarity_adjacency(np.ones((1, 4)))
     with pytest.raises(ValueError, match="not finite"):
         similarity_adjacency(np.array([[1, np.nan], [1, 2]]))
+
+
+def test_cosine_adjacency_by_hand():
+    vectors = np.array([[1.0, 0], [1, 1], [0, 0], [np.nan, 1], [-2, 0]])
+    expected = np.array([[0, 1, 0, 0, -np.sqrt(2)], [1, 0, 0, 0, -1], *np.zeros((2, 5)), [-np.sqrt(2), -1, 0, 0, 0]])
+    expected /= np.sqrt(2)
+    np.testing.assert_allclose(cosine_adjacency(vectors, uniform_if_empty=False), expected, atol=1e-6)
+    expected[[2, 3]] = 0.25
+    np.fill_diagonal(expected, 0)
+    np.testing.assert_allclose(cosine_adjacency(vectors), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [(np.zeros((1, 3)), "two genes"), (np.zeros(3), "two genes"), (np.full((2, 2), np.inf), "infinite")],
+)
+def test_cosine_adjacency_of_wrong_vectors(vectors, message):
+    with pytest.raises(ValueError, match=message):
+        cosine_adjacency(vectors)

@@ -39,6 +39,7 @@ CAPABILITIES = {
     "enhances_depth": "read-depth enhancement",
     "pretrains": "a pre-training objective",
     "multiomics": "a network for several modalities",
+    "perturbs": "responses to perturbations",
 }
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -266,8 +267,22 @@ class Backbone(ABC):
         return "counts"
 
     def fine_tuning(self, task: str) -> FineTuning:
-        """How the paper fine-tunes for ``"annotation"``, ``"integration"`` or ``"multiomics"``; override it where it does."""
+        """How the paper fine-tunes for a task; override it where it does.
+
+        Tasks are ``"annotation"``, ``"integration"``, ``"multiomics"``, ``"gears"`` (GEARS on states of genes, whose form is the
+        ``objective``) and ``"responses"`` (the network of :meth:`perturbing`).
+        """
         return FineTuning()
+
+    def normalized_input(self, totals: np.ndarray | None = None) -> dict[str, Any]:
+        """Options of the tokenizer for values that are ``log1p`` of counts per 10,000 already.
+
+        Parameters
+        ----------
+        totals
+            Counts of each cell, ``(cells,)``, where they are known.
+        """
+        return {}
 
     @classmethod
     def zero_shot(cls, task: str) -> ZeroShot:
@@ -312,6 +327,11 @@ class Backbone(ABC):
     def _integration_loss(self, tokens: TokenBatch, generator: torch.Generator, **options: Any) -> Any: ...  # noqa: B027
     def _multiomic(self, features: Mapping[str, Sequence[str]], **options: Any) -> Backbone: ...  # noqa: B027
     def _multiomic_loss(self, tokens: TokenBatch, generator: torch.Generator, **options: Any) -> Any: ...  # noqa: B027
+    def _perturbing(self, *, seed: int, **options: Any) -> Backbone: ...  # noqa: B027
+    def _predict_perturbed(self, ids: Tensor, values: Tensor, flags: Tensor, **options: Any) -> Tensor: ...  # noqa: B027
+    def _perturbation_loss(
+        self, ids: Tensor, values: Tensor, flags: Tensor, observed: Tensor, **options: Any
+    ) -> Any: ...  # noqa: B027
 
     def _cell_states(self, tokens: TokenBatch, pooling: str, **options: Any) -> Tensor:
         return self._embed(tokens, pooling, **options)
@@ -584,6 +604,75 @@ class Backbone(ABC):
         """The loss with which the authors integrate modalities; everything as in :meth:`integration_loss`."""
         self.require("multiomics")
         return self._multiomic_loss(tokens, generator, **options)
+
+    @property
+    def perturbs_already(self) -> bool:
+        """Whether the network is one of :meth:`perturbing` already."""
+        return False
+
+    def perturbing(self, *, seed: int = 0, **options: Any) -> Backbone:
+        """Make a network that predicts responses to perturbations, around what the authors keep of this one.
+
+        Parameters
+        ----------
+        seed
+            Seed of the fresh weights.
+        options
+            Form of the network; see the documentation of the model.
+
+        Raises
+        ------
+        UnsupportedError
+            If there are no such networks of this kind.
+        """
+        self.require("perturbs")
+        return self._perturbing(seed=seed, **options)
+
+    @torch.inference_mode()
+    def predict_perturbed(self, ids: Tensor, values: Tensor, flags: Tensor, **options: Any) -> Tensor:
+        """Expression after perturbations, float32, ``(cells, genes)``.
+
+        Parameters
+        ----------
+        ids
+            Vocabulary ids of the genes, -1 for genes that the model does not know, ``(genes,)``.
+        values
+            Log-normalised expression of control cells, ``(cells, genes)``.
+        flags
+            1 where a gene is perturbed and 0 elsewhere, ``(cells, genes)``.
+        options
+            See the documentation of the model.
+
+        Raises
+        ------
+        UnsupportedError
+            If the network is none of :meth:`perturbing`.
+        """
+        return self._predict_perturbed(*self._perturbation_inputs(ids, values, flags), **options)
+
+    def perturbation_loss(self, ids: Tensor, values: Tensor, flags: Tensor, observed: Tensor, **options: Any) -> Any:
+        """The loss with which the authors learn responses, an object whose ``total`` is minimised.
+
+        Arguments are those of :meth:`predict_perturbed`, and the expression of perturbed cells, ``(cells, genes)``.
+        """
+        inputs = self._perturbation_inputs(ids, values, flags)
+        return self._perturbation_loss(*inputs, observed.to(self.device, self.dtype), **options)
+
+    def _perturbation_inputs(self, ids: Tensor, values: Tensor, flags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.require("perturbs")
+        if not self.perturbs_already:
+            msg = f"{self.name} is no network for perturbations yet; make one with .perturbing() and train it"
+            raise UnsupportedError(msg)
+        if values.shape != flags.shape or values.shape[1:] != ids.shape:
+            msg = f"ids {tuple(ids.shape)}, values {tuple(values.shape)} and flags {tuple(flags.shape)} do not fit together"
+            raise ValueError(msg)
+        ids = torch.where(ids < 0, self._unknown_id, ids)
+        return ids.to(self.device), values.to(self.device, self.dtype), flags.to(self.device).long()
+
+    @property
+    def _unknown_id(self) -> int:
+        """Entry that stands for genes that the vocabulary lacks."""
+        return self.vocab[self.specials[0]]
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Save weights, config, vocabulary and provenance to a directory that :func:`scfm.load` reads."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from ._cells import cells, summary
 from ._enhancement import enhancement
+from ._gene_function import gene_function
+from ._networks import networks
 from ._thinning import thin_counts
 
-__all__ = ["cells", "enhancement", "summary", "thin_counts"]
+__all__ = ["cells", "enhancement", "gene_function", "networks", "summary", "thin_counts"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ._attention_means import AttentionMeans, CellAttentionMeans
 from ._expression import check_size, genes_to_predict, predict_at, predict_everywhere, predict_expressed
 from ._gene_means import GeneMeans, by_column, genes_to_average
 from ._options import accepted_options, check_options, is_per_cell
@@ -10,6 +11,8 @@ from ._run import Result, run, visit
 from ._task import InputCheck, Task
 
 __all__ = [
+    "AttentionMeans",
+    "CellAttentionMeans",
     "GeneMeans",
     "InputCheck",
     "Limits",

@@ -191,3 +191,47 @@ def similarity_adjacency(
         product[total[:, 0] == 0] = 1 / (n_genes - 1)
         np.fill_diagonal(product, 0)
     return product.astype(kind)
+
+
+def cosine_adjacency(vectors: np.ndarray, *, uniform_if_empty: bool = True) -> np.ndarray:
+    """Cosine similarity of genes, as an adjacency.
+
+    With the mean of the state of each gene in each cell as vectors, this is how the paper of scLong starts the inference of a
+    network (its code does :func:`similarity_adjacency`).
+
+    Parameters
+    ----------
+    vectors
+        One row for each gene; genes without a vector are zero or NaN.
+    uniform_if_empty
+        Give these genes the same weight ``1 / (genes - 1)`` for all others; otherwise their row is zero.
+
+    Returns
+    -------
+    Matrix ``(genes, genes)`` of float32 with a zero diagonal.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two genes, or a vector is infinite.
+
+    References
+    ----------
+    Bai et al., scLong, 2024.
+    """
+    vectors = np.asarray(vectors, dtype=np.float64)
+    if vectors.ndim != 2 or len(vectors) < 2:
+        msg = f"an adjacency needs a vector for each of at least two genes, not the shape {vectors.shape}"
+        raise ValueError(msg)
+    missing = np.isnan(vectors).any(1)
+    vectors = np.where(missing[:, None], 0, vectors)
+    if not np.isfinite(vectors).all():
+        msg = "a vector of a gene is infinite"
+        raise ValueError(msg)
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit = vectors / np.where(length > 0, length, 1)
+    cosine = unit @ unit.T
+    if uniform_if_empty:
+        cosine[length[:, 0] == 0] = 1 / (len(vectors) - 1)
+    np.fill_diagonal(cosine, 0)
+    return cosine.astype(np.float32)

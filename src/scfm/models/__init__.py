@@ -8,8 +8,10 @@ from typing import ClassVar
 from ..backbones import backbone_kinds
 from ._base import FoundationModel
 from ._classifier import CellTypeClassifier
+from ._gene_classifier import GeneClassifier
 from ._integrator import BatchIntegrator
 from ._multiome import MultiomeIntegrator
+from ._regulatory_network import RegulatoryNetwork
 from ._task import TaskModel
 
 __all__ = [
@@ -18,7 +20,9 @@ __all__ = [
     "CellFM",
     "CellTypeClassifier",
     "FoundationModel",
+    "GeneClassifier",
     "MultiomeIntegrator",
+    "RegulatoryNetwork",
     "SCFoundation",
     "SCLong",
     "TaskModel",

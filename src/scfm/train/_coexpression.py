@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from scipy.linalg import eigh
 from scipy.sparse import csr_matrix
 
 from ..data import open_source
@@ -69,8 +70,8 @@ def coexpression_vectors(
     if n_expressed < dim:
         msg = f"{n_expressed} of {len(index)} genes are expressed in the sources; vectors of width {dim} need as many"
         raise ValueError(msg)
-    values, vectors = np.linalg.eigh(total)
-    vectors, values = vectors[:, ::-1][:, :dim], values[::-1][:dim]
+    values, vectors = eigh(total, subset_by_index=[len(index) - dim, len(index) - 1], overwrite_a=True)
+    vectors, values = vectors[:, ::-1], values[::-1]
     # the sign of an eigenvector is arbitrary, and differs between machines
     vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), np.arange(dim)])
     vectors = vectors * np.sqrt(np.maximum(values, 0))

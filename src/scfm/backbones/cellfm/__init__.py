@@ -39,6 +39,8 @@ __all__ = ["PRESETS", "CellFM", "CellFMBackbone", "CellFMConfig", "TokenDraws"]
 Forward = Literal["backbone", "root", "depths", "encoder"]
 
 _MAX_LENGTH = 2048
+# of networks on top of a small model
+_LEAST_WIDTH = 64
 
 
 class CellFMBackbone(Backbone):
@@ -136,7 +138,22 @@ class CellFMBackbone(Backbone):
                 keep="last",
                 objective={"mask_ratio": 0.5, "zero_length": _MAX_LENGTH, "similarity": 0.8},
             )
+        if task == "gears":
+            # 1536 to 1024 to 512 in the released models
+            hidden = max(_LEAST_WIDTH, self.config.dim // 3)
+            return FineTuning(
+                tokenize={"include_zeros": True, "unknown": "pad"},
+                optimization={"learning_rate": 5e-3},
+                batch_size=10,
+                accumulate=5,
+                max_epochs=15,
+                objective={"entry": "mlp", "entry_hidden": 2 * hidden, "hidden": hidden, "positions": "none"},
+            )
         return super().fine_tuning(task)
+
+    def normalized_input(self, totals: np.ndarray | None = None) -> dict[str, Any]:
+        """Values as they are."""
+        return {"pre_normalized": True}
 
     def integration_config(self, n_batches: int) -> CellFMConfig:
         """The config with decoders of "is expressed"; the batch of a cell has no part in it."""

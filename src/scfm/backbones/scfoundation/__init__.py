@@ -112,6 +112,14 @@ class SCFoundationBackbone(Backbone):
 
     def fine_tuning(self, task: str) -> FineTuning:
         """How the authors fine-tune: the second-last layer of the encoder and the head."""
+        if task == "gears":
+            return FineTuning(
+                optimization={"learning_rate": 1e-2},
+                batch_size=6,
+                accumulate=5,
+                max_epochs=15,
+                objective={"hidden": self.config.decoder_dim, "positions": "table"},
+            )
         if task != "annotation":
             return super().fine_tuning(task)
         layer = max(0, self.config.encoder_depth - 2)
@@ -123,6 +131,12 @@ class SCFoundationBackbone(Backbone):
             train_only=(rf"encoder\.layers\.{layer}\.", r"classifier\."),
             class_weights="capped",
         )
+
+    def normalized_input(self, totals: np.ndarray | None = None) -> dict[str, Any]:
+        """Values as they are, with T = S; S comes from the sum of the values where counts are not known."""
+        if totals is None:
+            return {"pre_normalized": True, "target": "f1"}
+        return {"pre_normalized": "A", "total_counts": totals, "target": "f1"}
 
     @classmethod
     def zero_shot(cls, task: str) -> ZeroShot:

@@ -16,7 +16,7 @@ from ...nn.ranks import rank_normalize
 from .._base import Backbone, Checkpoint, GeneRows
 from .._fine_tuning import FineTuning
 from .._tokens import TokenBatch
-from . import checkpoint, generation, modality, tokenizer
+from . import checkpoint, generation, modality, perturbation, tokenizer
 from .config import PRESETS, SCGPTConfig
 from .heads import Decoded, MVCDecoder, elastic_cell_similarity
 from .module import SCGPT
@@ -96,6 +96,7 @@ class SCGPTBackbone(Backbone):
             "generates",
             "pretrains",
             "multiomics",
+            "perturbs",
         }
     )
     poolings: ClassVar[tuple[str, ...]] = ("cls", "avg-pool", "w-pool")
@@ -110,7 +111,7 @@ class SCGPTBackbone(Backbone):
     vocab_tables: ClassVar[tuple[str, ...]] = ("genes.embedding.weight", modality.TABLE)
     class_heads: ClassVar[tuple[str, ...]] = ("cls",)
     network_attention: ClassVar[Mapping[str, Any]] = {"rank": True}
-    head_modules: ClassVar[tuple[str, ...]] = ("classifier", "discriminator")
+    head_modules: ClassVar[tuple[str, ...]] = ("classifier", "discriminator", "flags")
     integrates: ClassVar[bool] = True
     batch_modules: ClassVar[tuple[str, ...]] = ("batches", "domain_norms", "discriminator")
     module: SCGPT
@@ -217,7 +218,73 @@ class SCGPTBackbone(Backbone):
                 objective={"mask_ratio": 0.4, "ecs_weight": 0.0, "dar_weight": 1.0},
                 n_top_genes=1200,
             )
+        if task == "gears":
+            # an extension of scfm: all genes have states, zeros included
+            return FineTuning(tokenize={"include_zeros": True, "max_length": len(self.vocab) + 1})
+        if task == "responses":
+            return FineTuning(
+                optimization={"optimizer": "adam", "learning_rate": 1e-4} | _DECAY,
+                batch_size=64,
+                max_epochs=15,
+                monitor="Pearson",
+                objective={"most_genes": 1536, "patience": 10},
+            )
         return super().fine_tuning(task)
+
+    def _perturbing(
+        self,
+        *,
+        seed: int,
+        decoder: Literal["affine", "mlp"] = "affine",
+        activation: str = "",
+        adaptive: bool = False,
+        mvc: bool = False,
+        frozen_flag: int | None = 0,
+        dropout: float = 0.0,
+    ) -> SCGPTBackbone:
+        """Upstream keeps what embeds genes and values, and the layers; ``"mlp"`` is the network of the preprint."""
+        from .._rebuild import rebuilt
+
+        if decoder not in ("affine", "mlp"):
+            msg = f"decoder must be 'affine' or 'mlp'; got {decoder!r}"
+            raise ValueError(msg)
+        if self.config.value_style == "category":
+            msg = f"{self.name} embeds bins, not values, so it cannot predict responses to perturbations"
+            raise UnsupportedError(msg)
+        config = replace(
+            self.config,
+            dropout=dropout,
+            input_norm="none" if decoder == "affine" else "batchnorm",
+            n_batches=0,
+            use_batch_labels=False,
+            explicit_zeros=False,
+            mvc="inner product" if mvc else None,
+            n_classes=0,
+            discriminator=False,
+            query_flag=False,
+            multiomic=False,
+            modalities=(),
+            perturbation_flags=3,
+            frozen_flag=frozen_flag,
+            affine_decoder=decoder == "affine",
+            decoder_activation=activation,
+            adaptive_shift=adaptive,
+        )
+        kept = [r"genes\..+", r"layers\..+", *([r"values\..+"] if self.module.values is not None else [])]
+        return rebuilt(self, config, seed=seed, include=kept)
+
+    @property
+    def perturbs_already(self) -> bool:
+        """Whether the network is one for responses to perturbations, such as a fine-tuned file."""
+        return self.config.perturbation_flags > 0
+
+    def _predict_perturbed(self, ids: Tensor, values: Tensor, flags: Tensor, **options: Any) -> Tensor:
+        return perturbation.predict_responses(self, ids, values, flags, **options)
+
+    def _perturbation_loss(
+        self, ids: Tensor, values: Tensor, flags: Tensor, observed: Tensor, **options: Any
+    ) -> perturbation.ResponseLoss:
+        return perturbation.response_loss(self, ids, values, flags, observed, **options)
 
     def config_with_classes(self, n_classes: int, head: str) -> SCGPTConfig:
         """The config with a classifier on the state of ``<cls>``."""

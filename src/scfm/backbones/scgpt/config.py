@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from torch import nn
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -69,6 +71,16 @@ class SCGPTConfig:
     modalities
         Names of the modalities, special tokens included, whose embedding the decoders of a multi-omic network see.
         They have no part in the cell embedding.
+    perturbation_flags
+        Rows of the embedding that marks perturbed genes, 3 in all files of scGPT (1 for "perturbed", 0 for "not"); 0 for
+        networks that predict no responses to perturbations.
+    frozen_flag
+        Row of that embedding that is zero in new networks and is not trained; ``None`` for none.
+    affine_decoder
+        Whether the decoder gives a factor for the value before the perturbation and a shift (scGPT >= 0.2.2), in place of a
+        value (the preprint).
+    decoder_activation, adaptive_shift
+        Activation of both and scaling of the shift, see :class:`scfm.backbones.scgpt.heads.AffineDecoder`.
     """
 
     dim: int = 512
@@ -97,6 +109,11 @@ class SCGPTConfig:
     ecs_threshold: float = 0.8
     multiomic: bool = False
     modalities: tuple[str, ...] = ()
+    perturbation_flags: int = 0
+    frozen_flag: int | None = None
+    affine_decoder: bool = False
+    decoder_activation: str = ""
+    adaptive_shift: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modalities", tuple(self.modalities))  # JSON has lists only
@@ -117,6 +134,12 @@ class SCGPTConfig:
                 f"modalities must hold the special tokens {self.pad_token!r} and {self.cls_token!r}; make them with "
                 "scfm.backbones.scgpt.modality.modality_names"
             )
+            raise ValueError(msg)
+        if self.affine_decoder and (self.explicit_zeros or self.use_batch_labels or self.modalities):
+            msg = "the affine decoder goes with neither explicit zeros nor labels of batches or modalities"
+            raise ValueError(msg)
+        if self.decoder_activation and not hasattr(nn, self.decoder_activation):
+            msg = f"decoder_activation must be the name of a module of torch.nn; got {self.decoder_activation!r}"
             raise ValueError(msg)
         if len(set(self.modalities)) < len(self.modalities):
             msg = f"each modality needs a name of its own; got {', '.join(self.modalities)}"
@@ -188,7 +211,23 @@ def infer_config(state: Mapping[str, Tensor], args: Mapping[str, Any]) -> SCGPTC
         ecs_threshold=float(args.get("ecs_threshold", 0.8)),
         multiomic=bool(modalities) or query_width > dim,
         modalities=modalities,
+        **_perturbation(state, args),
     )
+
+
+def _perturbation(state: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a network for perturbations; ``pert_pad_id`` and the like are names of upstream's constructor."""
+    if "flags.weight" not in state:
+        return {}
+    rows = len(state["flags.weight"])
+    return {
+        "perturbation_flags": rows,
+        # the default of upstream's class is the last row
+        "frozen_flag": int(args.get("pert_pad_id", rows - 1)),
+        "affine_decoder": "decoder.factor.0.weight" in state,
+        "decoder_activation": str(args.get("decoder_activation") or ""),
+        "adaptive_shift": bool(args.get("decoder_adaptive_bias", False)),
+    }
 
 
 def _modalities(state: Mapping[str, Tensor], args: Mapping[str, Any]) -> tuple[str, ...]:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..._errors import UnsupportedError
+
 if TYPE_CHECKING:
     from .config import MVCStyle
 
@@ -33,10 +35,46 @@ class ExpressionDecoder(nn.Module):
         self.fc = _leaky_mlp(dim_in, dim)
         self.zero_logit = _leaky_mlp(dim_in, dim) if explicit_zeros else None
 
-    def forward(self, x: Tensor) -> Decoded:
-        """Decode token states ``(cells, length, dim_in)``."""
+    def forward(self, x: Tensor, values: Tensor | None = None) -> Decoded:
+        """Decode token states ``(cells, length, dim_in)``; ``values`` are for decoders that need them."""
         nonzero = None if self.zero_logit is None else torch.sigmoid(self.zero_logit(x).squeeze(-1))
         return Decoded(self.fc(x).squeeze(-1), nonzero)
+
+
+class AffineDecoder(nn.Module):
+    """Value of each gene as a factor times its value before a perturbation, plus a shift; both come from its state.
+
+    Parameters
+    ----------
+    dim
+        Width of states.
+    activation
+        Name of a module of :mod:`torch.nn` that factor and shift go through, such as ``"Softplus"``; ``""`` for none.
+    adaptive
+        Whether the shift is multiplied by the mean of the values of a cell that are not zero.
+    """
+
+    def __init__(self, dim: int, activation: str, *, adaptive: bool) -> None:
+        super().__init__()
+        self.factor = _leaky_mlp(dim, dim)
+        self.shift = _leaky_mlp(dim, dim)
+        self.activation = getattr(nn, activation)() if activation else nn.Identity()
+        self.adaptive = adaptive
+
+    def forward(self, x: Tensor, values: Tensor | None = None) -> Decoded:
+        """Decode token states ``(cells, length, dim)`` beside values before the perturbation ``(cells, length)``."""
+        if values is None:
+            msg = (
+                "this network predicts responses to perturbations from the expression before them and decodes nothing "
+                "else; use predict_perturbed, or the model that it was fine-tuned from"
+            )
+            raise UnsupportedError(msg)
+        factor = self.activation(self.factor(x).squeeze(-1))
+        shift = self.activation(self.shift(x).squeeze(-1))
+        if self.adaptive:
+            n_expressed = (values != 0).sum(1, keepdim=True).clamp_min(1)
+            shift = shift * (values.sum(1, keepdim=True) / n_expressed)
+        return Decoded(factor * values + shift, None)
 
 
 class MVCDecoder(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...nn.attention import attend, attend_first, attend_with_self
 from ...nn.low_rank import effective_weight
-from .heads import Discriminator, ExpressionDecoder, MVCDecoder, mlp_head
+from .heads import AffineDecoder, Discriminator, ExpressionDecoder, MVCDecoder, mlp_head
 from .modality import TABLE, UNKNOWN
 
 if TYPE_CHECKING:
@@ -170,7 +170,12 @@ class SCGPT(nn.Module):
             pad = config.modalities.index(config.pad_token)
             self.modalities = NormedEmbedding(len(config.modalities), dim, padding_idx=pad)
             self.register_buffer(TABLE, torch.full((n_tokens,), UNKNOWN))
-        self.decoder = ExpressionDecoder(context, dim, explicit_zeros=config.explicit_zeros)
+        self.flags = None
+        if config.perturbation_flags:
+            self.flags = nn.Embedding(config.perturbation_flags, dim, padding_idx=config.frozen_flag)
+        self.decoder: nn.Module = ExpressionDecoder(context, dim, explicit_zeros=config.explicit_zeros)
+        if config.affine_decoder:
+            self.decoder = AffineDecoder(dim, config.decoder_activation, adaptive=config.adaptive_shift)
         self.mvc = None
         if config.mvc is not None:
             query = context if config.multiomic else dim

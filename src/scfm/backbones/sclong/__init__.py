@@ -10,7 +10,7 @@ import torch
 
 from ...genes import GeneMatch
 from .._base import Backbone, Checkpoint, GeneRows
-from .._fine_tuning import ZeroShot
+from .._fine_tuning import FineTuning, ZeroShot
 from . import checkpoint, tokenizer
 from .annotations import read_annotations
 from .attention import attention_map
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from .tokenizer import Duplicates, Normalization
 
 __all__ = ["PRESETS", "Encodings", "GOGraph", "SCLong", "SCLongBackbone", "SCLongConfig", "read_annotations"]
+
+# width of the authors' network for perturbations on the released model, and the width of that
+_GEARS_WIDTH, _RELEASED_WIDTH = 1024, 200
 
 
 class SCLongBackbone(Backbone):
@@ -143,6 +146,26 @@ class SCLongBackbone(Backbone):
     def pooling_options(self, pooling: str, match: GeneMatch) -> dict[str, Any]:
         """The genes of the data, whose order ``"eq11"`` and ``"mean_dims"`` follow."""
         return {"columns": match.ids} if pooling in BY_COLUMN else {}
+
+    def fine_tuning(self, task: str) -> FineTuning:
+        """How the authors fine-tune."""
+        if task == "gears":
+            return FineTuning(
+                optimization={"learning_rate": 1e-3},
+                batch_size=16,
+                accumulate=8,
+                max_epochs=16,
+                objective={
+                    "hidden": _GEARS_WIDTH if self.config.dim >= _RELEASED_WIDTH else self.config.dim,
+                    "positions": "none",
+                    "indicator": True,
+                },
+            )
+        return super().fine_tuning(task)
+
+    def normalized_input(self, totals: np.ndarray | None = None) -> dict[str, Any]:
+        """Values as they are, neither stretched nor cut."""
+        return {"normalization": "as_is"}
 
     @classmethod
     def zero_shot(cls, task: str) -> ZeroShot:

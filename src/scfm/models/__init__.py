@@ -11,6 +11,7 @@ from ._classifier import CellTypeClassifier
 from ._gene_classifier import GeneClassifier
 from ._integrator import BatchIntegrator
 from ._multiome import MultiomeIntegrator
+from ._perturbation import GeneticPerturbation
 from ._regulatory_network import RegulatoryNetwork
 from ._task import TaskModel
 
@@ -21,6 +22,7 @@ __all__ = [
     "CellTypeClassifier",
     "FoundationModel",
     "GeneClassifier",
+    "GeneticPerturbation",
     "MultiomeIntegrator",
     "RegulatoryNetwork",
     "SCFoundation",

@@ -130,18 +130,21 @@ def _write(task: engine.Task, file: Path, shape: tuple[int, ...], dtype: str) ->
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=".states-", suffix=".npy")
     os.close(handle)
     try:
-        array = np.lib.format.open_memmap(name, mode="w+", dtype=dtype, shape=shape)
-        limit = float(np.finfo(dtype).max)
-
-        def put(rows: np.ndarray, values: np.ndarray) -> None:
-            array[rows] = np.clip(values, -limit, limit)
-
-        _visit(task, put)
-        array.flush()
-        del array
-        os.replace(name, file)
+        _fill(task, name, shape, dtype)
+        Path(name).replace(file)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def _fill(task: engine.Task, name: str, shape: tuple[int, ...], dtype: str) -> None:
+    array = np.lib.format.open_memmap(name, mode="w+", dtype=dtype, shape=shape)
+    limit = float(np.finfo(dtype).max)
+
+    def put(rows: np.ndarray, values: np.ndarray) -> None:
+        array[rows] = np.clip(values, -limit, limit)
+
+    _visit(task, put)
+    array.flush()
 
 
 def _visit(task: engine.Task, put: Callable[[Any, np.ndarray], object]) -> None:

@@ -785,7 +785,7 @@ class GeneticPerturbation(BaseModelClass):
             raise TypeError(msg)
         arguments = self.registry_[_SETUP_ARGS_KEY]
         symbols = arguments["gene_symbols"]
-        names = control.var_names if symbols not in control.var else control.var[symbols]
+        names = control.var.get(symbols, control.var_names)
         names = pd.Index(np.asarray(names).astype(str))
         wanted = self.genes.astype(str)
         columns = names.get_indexer(wanted) if names.is_unique else np.full(len(wanted), -1)

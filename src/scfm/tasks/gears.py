@@ -94,10 +94,7 @@ def gears_loss(
     error = (predicted - observed).abs() ** (2 + gamma)
     turned = torch.sign(observed - control) - torch.sign(predicted - control)
     loss = error + direction * turned.square()
-    if counted is None:
-        per_cell = loss.mean(1)
-    else:
-        per_cell = (loss * counted).sum(1) / counted.sum(1).clamp_min(1)
+    per_cell = loss.mean(1) if counted is None else (loss * counted).sum(1) / counted.sum(1).clamp_min(1)
     return (per_cell / n_cells[code]).sum() / len(n_cells)
 
 

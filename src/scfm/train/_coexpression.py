@@ -9,6 +9,7 @@ import pandas as pd
 from scipy.linalg import eigh
 from scipy.sparse import csr_matrix
 
+from ..baselines._coexpression import correlation_of_blocks
 from ..data import open_source
 
 if TYPE_CHECKING:
@@ -80,19 +81,18 @@ def coexpression_vectors(
 
 def _correlation(source: CellSource, columns: np.ndarray, n_genes: int) -> tuple[np.ndarray, np.ndarray]:
     """Pearson correlation of genes over the cells of a source, and which genes vary there."""
-    sums, products = np.zeros(n_genes), np.zeros((n_genes, n_genes))
     known = np.flatnonzero(columns >= 0)
     # names that are there twice are one gene
     selector = csr_matrix((np.ones(len(known)), (known, columns[known])), shape=(len(columns), n_genes))
-    for block in source.blocks(_BLOCK):
-        counts = block.counts.astype(np.float64)
-        depth = np.asarray(counts.sum(1)).ravel()
-        scale = _TARGET_SUM / np.where(depth > 0, depth, 1)
-        dense = np.log1p((counts @ selector).toarray() * scale[:, None])
-        sums += dense.sum(0)
-        products += dense.T @ dense
-    covariance = products / source.n_obs - np.outer(sums, sums) / source.n_obs**2
-    deviation = np.sqrt(np.maximum(np.diag(covariance), 0))
-    varies = deviation > 1e-6
-    inverse = np.where(varies, 1 / np.where(varies, deviation, 1), 0)
-    return covariance * np.outer(inverse, inverse), varies
+    blocks = (_log_normalized(block.counts, selector) for block in source.blocks(_BLOCK))
+    correlation = correlation_of_blocks(blocks, n_genes)
+    varies = np.isfinite(np.diag(correlation))
+    return np.nan_to_num(correlation), varies
+
+
+def _log_normalized(counts: csr_matrix, selector: csr_matrix) -> csr_matrix:
+    depth = np.asarray(counts.sum(1)).ravel()
+    chosen = counts.astype(np.float64) @ selector
+    scale = _TARGET_SUM / np.where(depth > 0, depth, 1)
+    chosen.data = np.log1p(chosen.data * np.repeat(scale, np.diff(chosen.indptr)))
+    return chosen

@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 _MOST_BARS = 4
 _PANEL = 3.1
+_PANELS_IN_ROW = 3
 
 
 def compare_embeddings(
@@ -67,12 +70,8 @@ def compare_embeddings(
         raise KeyError(msg)
     labels = pd.Categorical(adata.obs[color])
     palette = plt.get_cmap("tab20" if len(labels.categories) > 10 else "tab10")
-    n_columns = min(3, len(panels) + 1)
-    n_rows = -(-(len(panels) + 1) // n_columns)
-    figure, grid = plt.subplots(
-        n_rows, n_columns, figsize=(_PANEL * n_columns + 1.8, _PANEL * n_rows), layout="constrained", squeeze=False
-    )
-    axes = list(grid.ravel())
+    figure, grid, score_ax = _panels(len(panels), len(scores))
+    axes = [*grid.ravel()[: len(panels)], score_ax]
     size = 12_000 / max(adata.n_obs, 1_000) if size is None else size
     order = np.random.default_rng(0).permutation(adata.n_obs)
     colors = np.array([palette(code % palette.N) if code >= 0 else (0.85, 0.85, 0.85, 1.0) for code in labels.codes])
@@ -81,15 +80,31 @@ def compare_embeddings(
         ax.scatter(*points[order].T, c=colors[order], s=size, linewidths=0, rasterized=True)
         ax.set(title=name, xticks=[], yticks=[], xlabel="UMAP1", ylabel="UMAP2")
         ax.spines[["top", "right"]].set_visible(False)
-    _draw_scores(axes[len(panels)], scores)
-    for ax in axes[len(panels) + 1 :]:
-        ax.set_axis_off()
+    _draw_scores(score_ax, scores)
+    for ax in grid.ravel()[len(panels) :]:
+        if ax is not score_ax:
+            ax.set_axis_off()
     handles = [
         plt.Line2D([], [], marker="o", linestyle="", markersize=5, color=palette(code % palette.N), label=str(label))
         for code, label in enumerate(labels.categories)
     ]
-    figure.legend(handles=handles, loc="outside right upper", frameon=False, title=color, fontsize="small")
-    return finish(figure, axes[: len(panels) + 1], show=show, save=save)
+    top = grid.ravel()[0].figure
+    top.legend(handles=handles, loc="outside right upper", frameon=False, title=color, fontsize="small")
+    return finish(figure, axes, show=show, save=save)
+
+
+def _panels(n_panels: int, n_scored: int) -> tuple[Figure, NDArray, Axes]:
+    """Axes for the embeddings and one for their scores: beside a few, in a row of its own below many."""
+    if n_panels < _PANELS_IN_ROW:
+        size = (_PANEL * (n_panels + 1) + 1.8, _PANEL)
+        figure, grid = plt.subplots(1, n_panels + 1, figsize=size, layout="constrained", squeeze=False)
+        return figure, grid, grid[0, -1]
+    n_rows, height = -(-n_panels // _PANELS_IN_ROW), max(_PANEL, 0.4 * n_scored)
+    size = (_PANEL * _PANELS_IN_ROW + 1.8, _PANEL * n_rows + height)
+    figure = plt.figure(figsize=size, layout="constrained")
+    # long names of scored embeddings would push the columns above apart if they shared a grid with them
+    top, bottom = figure.subfigures(2, 1, height_ratios=[_PANEL * n_rows, height])
+    return figure, top.subplots(n_rows, _PANELS_IN_ROW, squeeze=False), bottom.subplots()
 
 
 def _draw_scores(ax: Axes, scores: pd.DataFrame) -> None:
@@ -112,7 +127,7 @@ def _draw_scores(ax: Axes, scores: pd.DataFrame) -> None:
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set(title="agreement with labels", xlim=(min(-0.1, float(shown.min().min()) - 0.02), 1))
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize="small", loc="lower right")
+    ax.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _draw_table(ax: Axes, scores: pd.DataFrame) -> None:

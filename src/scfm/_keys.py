@@ -105,6 +105,17 @@ def gene_graph(key: str, what: str) -> str:
     return f"{key}_{what}"
 
 
+def perturbed(key: str, name: str) -> str:
+    """Layer for the expression that is predicted after the perturbation ``name``; HDF5 allows no slash in it."""
+    return f"{'perturbed' if key == PERTURB else key}_{name.replace('/', '_')}"
+
+
+# what the tools for perturbations write into uns
+PERTURB = "perturb"
+INTERACTIONS = "genetic_interactions"
+REVERSE_PERTURB = "reverse_perturb"
+ATLAS = "perturbation_atlas"
+
 # what scfm.pp.perturbation_setup writes into uns and obs
 PERTURBATION = "perturbation"
 PERTURBATION_OF_CELL = "scfm_perturbation"

@@ -83,3 +83,23 @@ def test_bad_input(effects, message):
     for function in (genetic_interaction, interaction_magnitude):
         with pytest.raises(ValueError, match=message):
             function(*effects)
+
+
+def test_golden_gears(golden):
+    case = golden("scfoundation", "gears_utils")
+    expected = json.loads((case.path / "expected.json").read_text())
+    conditions, values = case.input["condition"], case.input["X"].astype(np.float64)
+    control = values[conditions == "ctrl"].mean(0)
+    pairs = [name for name in expected if name.startswith("gi_")]
+    assert len(pairs) >= 3
+    for name in pairs:
+        first, second = name.removeprefix("gi_").split("+")
+        effects = [
+            values[conditions == label].mean(0) - control
+            for label in (f"{first}+ctrl", f"{second}+ctrl", f"{first}+{second}")
+        ]
+        found = genetic_interaction(*effects)
+        for theirs, ours in GEARS.items():
+            np.testing.assert_allclose(
+                found[ours], expected[name][theirs], rtol=1e-5, atol=1e-6, err_msg=f"{name} {theirs}"
+            )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -118,3 +120,24 @@ def test_tables_must_have_the_same_conditions():
     observed = pd.DataFrame(np.eye(2, 3), index=["a", "b"])
     with pytest.raises(ValueError, match="reindex"):
         perturbation_scores(observed, observed.loc[["b", "a"]], np.ones(3))
+
+
+def test_golden_gears(golden):
+    case = golden("scfoundation", "gears_utils")
+    expected = json.loads((case.path / "expected.json").read_text())
+    names = np.unique(case.input["metric_cat"])
+    observed, predicted = (
+        condition_means(case.input[f"metric_{what}"], case.input["metric_cat"]) for what in ("truth", "pred")
+    )
+    # the first 20 genes count as the most changed ones in this case
+    scores = perturbation_scores(
+        observed, predicted, np.zeros(observed.shape[1]), de_genes=[np.arange(20)] * len(names)
+    )
+    ours = {"mse": "MSE", "pearson": "Pearson", "mse_de": "DE MSE", "pearson_de": "DE Pearson"}
+    for name in names:
+        for theirs, column in ours.items():
+            if name != "ctrl" or not theirs.endswith("_de"):  # GEARS counts 0 there
+                wanted = expected["metrics_pert"][name][theirs]
+                np.testing.assert_allclose(scores.loc[name, column], wanted, rtol=1e-5, err_msg=f"{name} {theirs}")
+    for theirs in ("mse", "pearson"):
+        np.testing.assert_allclose(scores[ours[theirs]].mean(), expected["metrics"][theirs], rtol=1e-5)

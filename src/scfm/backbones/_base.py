@@ -270,7 +270,8 @@ class Backbone(ABC):
         """How the paper fine-tunes for a task; override it where it does.
 
         Tasks are ``"annotation"``, ``"integration"``, ``"multiomics"``, ``"gears"`` (GEARS on states of genes, whose form is the
-        ``objective``) and ``"responses"`` (the network of :meth:`perturbing`).
+        ``objective``), ``"responses"`` (the network of :meth:`perturbing`) and ``"transport"`` (a code of each cell in which
+        treatments move it, whose widths are the ``objective``).
         """
         return FineTuning()
 
@@ -329,9 +330,7 @@ class Backbone(ABC):
     def _multiomic_loss(self, tokens: TokenBatch, generator: torch.Generator, **options: Any) -> Any: ...  # noqa: B027
     def _perturbing(self, *, seed: int, **options: Any) -> Backbone: ...  # noqa: B027
     def _predict_perturbed(self, ids: Tensor, values: Tensor, flags: Tensor, **options: Any) -> Tensor: ...  # noqa: B027
-    def _perturbation_loss(
-        self, ids: Tensor, values: Tensor, flags: Tensor, observed: Tensor, **options: Any
-    ) -> Any: ...  # noqa: B027
+    def _perturbation_loss(self, *arrays: Tensor, **options: Any) -> Any: ...  # noqa: B027
 
     def _cell_states(self, tokens: TokenBatch, pooling: str, **options: Any) -> Tensor:
         return self._embed(tokens, pooling, **options)

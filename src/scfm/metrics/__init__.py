@@ -12,10 +12,12 @@ from ._matched_clustering import matched_clustering_scores
 from ._neighbors import clusters_by_bisection, leiden_clusters, neighbor_graph
 from ._network import cosine_adjacency, edges_from_matrix, network_scores, similarity_adjacency
 from ._perturbation import condition_means, perturbation_scores
+from ._perturbation_identity import de_overlap, discrimination_scores, e_distance
 from ._programs import program_recovery
 from ._recovery import recovery_scores
 from ._regulon_specificity import regulon_specificity
 from ._scib import has_scib, scib_scores
+from ._transport import kernel_discrepancy, transport_scores
 
 __all__ = [
     "annotation_scores",
@@ -26,7 +28,10 @@ __all__ = [
     "condition_means",
     "confusion_matrix",
     "cosine_adjacency",
+    "de_overlap",
+    "discrimination_scores",
     "distance_correlation",
+    "e_distance",
     "edges_from_matrix",
     "gene_function_scores",
     "genetic_interaction",
@@ -34,6 +39,7 @@ __all__ = [
     "has_scib",
     "integration_scores",
     "interaction_magnitude",
+    "kernel_discrepancy",
     "label_silhouette",
     "leiden_clusters",
     "matched_clustering_scores",
@@ -46,4 +52,5 @@ __all__ = [
     "scib_scores",
     "signature_scores",
     "similarity_adjacency",
+    "transport_scores",
 ]

@@ -62,6 +62,7 @@ def perturbation_scores(
     control: np.ndarray,
     *,
     paired_control: pd.DataFrame | np.ndarray | None = None,
+    centroid: np.ndarray | None = None,
     de_genes: Sequence[Sequence[int] | np.ndarray] | np.ndarray | None = None,
 ) -> pd.DataFrame:
     """Scores of predicted mean responses, as GEARS, scGPT, scLong and CellFM report them.
@@ -75,6 +76,9 @@ def perturbation_scores(
         Mean expression of the control cells, ``(genes,)``.
     paired_control
         For each condition, the mean of the control cells that were given to the model, ``(conditions, genes)``.
+    centroid
+        Mean of the perturbed cells that were trained on, ``(genes,)``. What all perturbations share is in it, and is no merit of
+        a prediction.
     de_genes
         For each condition, positions of its most differentially expressed genes, usually 20.
 
@@ -90,6 +94,8 @@ def perturbation_scores(
         Correlation of the changes from ``control`` (PCC3 of CellFM, the one of the scGPT and scLong papers).
     ``Pearson paired delta``
         Correlation of the changes from ``paired_control`` (PCC2 of CellFM); absent without it.
+    ``Pearson centroid delta``
+        Correlation of the changes from ``centroid``; absent without it.
     ``R2``
         Coefficient of determination, with the observed means as truth.
     ``DE MSE`` ...
@@ -104,7 +110,8 @@ def perturbation_scores(
 
     References
     ----------
-    Roohani et al., GEARS, Nature Biotechnology 42, 927 (2024).
+    Roohani et al., GEARS, Nature Biotechnology 42, 927 (2024); for ``centroid``, Viñas Torné et al., Systema, Nature Biotechnology
+    (2025).
     """
     index = pd.RangeIndex(len(observed), name="condition")
     if isinstance(observed, pd.DataFrame):
@@ -118,6 +125,8 @@ def perturbation_scores(
     deltas = {"Pearson delta": _checked(control, "control", truth.shape[1:])}
     if paired_control is not None:
         deltas["Pearson paired delta"] = _checked(paired_control, "paired_control", truth.shape)
+    if centroid is not None:
+        deltas["Pearson centroid delta"] = _checked(centroid, "centroid", truth.shape[1:])
     _checked(truth, "observed", truth.shape)
     masks = {"": np.ones(truth.shape, dtype=bool)}
     if de_genes is not None:

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from ..backbones import backbone_kinds
 from ._base import FoundationModel
+from ._chemical import ChemicalPerturbation
 from ._classifier import CellTypeClassifier
 from ._gene_classifier import GeneClassifier
 from ._integrator import BatchIntegrator
@@ -14,12 +15,15 @@ from ._multiome import MultiomeIntegrator
 from ._perturbation import GeneticPerturbation
 from ._regulatory_network import RegulatoryNetwork
 from ._task import TaskModel
+from ._transport import ChemicalTransport
 
 __all__ = [
     "SCGPT",
     "BatchIntegrator",
     "CellFM",
     "CellTypeClassifier",
+    "ChemicalPerturbation",
+    "ChemicalTransport",
     "FoundationModel",
     "GeneClassifier",
     "GeneticPerturbation",

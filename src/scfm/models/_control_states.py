@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from .. import _logging, engine
+from .._settings import settings
 from ..engine._fingerprint import _hash_weights, fingerprint
 
 if TYPE_CHECKING:
@@ -107,10 +108,15 @@ def cached_states(
     return ControlStates(np.load(file, mmap_mode="r", allow_pickle=False), cells, temporary)
 
 
-def states_in_memory(task: engine.Task) -> np.ndarray:
-    """States of all cells of a run, float32, ``(cells, genes, dim)``."""
+def states_in_memory(task: engine.Task, *, quiet: bool = False) -> np.ndarray:
+    """States of all cells of a run, float32, ``(cells, genes, dim)``; ``quiet`` says nothing that was said before."""
     out = np.zeros((task.source.n_obs, task.source.n_vars, task.backbone.gene_state_dim), dtype=np.float32)
-    _visit(task, out.__setitem__)
+    verbosity = settings.verbosity
+    try:
+        settings.verbosity = 0 if quiet else verbosity
+        _visit(task, out.__setitem__, progress=False)
+    finally:
+        settings.verbosity = verbosity
     return out
 
 
@@ -147,7 +153,7 @@ def _fill(task: engine.Task, name: str, shape: tuple[int, ...], dtype: str) -> N
     array.flush()
 
 
-def _visit(task: engine.Task, put: Callable[[Any, np.ndarray], object]) -> None:
+def _visit(task: engine.Task, put: Callable[[Any, np.ndarray], object], *, progress: bool | None = None) -> None:
     """Hand over the states of all genes in the order of the data, some cells at a time.
 
     A gene without a state of its own (one that the model does not know, or gives none for) has the mean over all genes that the
@@ -182,8 +188,7 @@ def _visit(task: engine.Task, put: Callable[[Any, np.ndarray], object]) -> None:
         put(cells, out)
 
     per_cell = 4 * max(len(ids), len(known) if complete else len(backbone.vocab)) * dim
-    n_empty = engine.visit(
-        **task.inputs, compute=compute, consume=consume, batch_size=max(1, _BATCH_BYTES // max(1, per_cell))
-    )
+    most = max(1, _BATCH_BYTES // max(1, per_cell))
+    n_empty = engine.visit(**task.inputs, compute=compute, consume=consume, batch_size=most, progress=progress)
     if n_empty:
         _logging.warning(f"{n_empty:,} cells have no gene that {backbone.name} knows; their genes have states of zero")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
-from safetensors.torch import save_file
 from scipy import sparse
 from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager
@@ -19,86 +16,61 @@ from scvi.model.base import BaseModelClass
 from tqdm.auto import tqdm
 
 from .. import _keys, _logging, engine
-from .._errors import UnsupportedError
 from .._settings import settings
 from ..backbones import Backbone, load
 from ..backbones._base import resolve_device
-from ..checkpoints import store
-from ..checkpoints._files import new_directory, sha256
 from ..data import open_source
-from ..tasks.gears import annotation_table, coexpression_graph, genes_of, go_graph
-from ..tasks.gears_network import GearsConfig, Graph, fresh_network
-from ..tasks.perturbation_fit import MONITORS, FitOptions, fit
-from ..tasks.perturbation_learners import GearsLearner, GeneratorLearner, ResponseLearner
+from ..tasks.gears import coexpression_graph
+from ..tasks.perturbation_data import CONTROL, canonical, genes_of
+from ..tasks.perturbation_fit import fit
+from ..tasks.perturbation_learners import GearsLearner
 from ..tasks.perturbation_pairs import PerturbationPairs
-from ..train._presets import Optimization
 from ._alignment import align
 from ._backbone import own_copy
-from ._codec import decode, encode
 from ._control_states import cached_states, states_in_memory
 from ._fields import GENES_KEY, GeneField
 from ._perturbation_data import (
-    CONTROL,
-    SEPARATOR,
     ExpressionRule,
-    SplitNames,
-    canonical,
     de_positions,
     genes_in,
+    labels_of,
+    parts_of_cells,
     require_setup,
+    settled_split,
 )
+from ._perturbation_network import (
+    choose_route,
+    fit_options,
+    gears_learner,
+    generator_learner,
+    recipe_of,
+)
+from ._perturbation_saving import CACHE, PerturbationSaving
 from ._regulatory_network import ExpressionField
-from ._saving import (
-    FORMAT,
-    HEAD,
-    HEADER,
-    _device,
-    _place,
-    _read_header,
-    _read_task,
-    _saved_data,
-    _without_tables,
-    _write,
-)
+from ._saving import _device
 from ._training import joined, seed_or_default
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Mapping, Sequence
-    from typing import Literal, Self
-
-    from torch import Tensor
+    from typing import Literal
 
     from ..backbones._fine_tuning import FineTuning
+    from ..genes import GeneMatch
+    from ..tasks.gears_network import Graph
+    from ..tasks.perturbation_fit import FitOptions
+    from ..tasks.perturbation_learners import ResponseLearner
+    from ..train._presets import Optimization
 
     File = str | os.PathLike[str]
     Route = Literal["gears", "scgpt"]
 
-_ATTRIBUTES = ("is_trained_", "history_", "init_params_", "run_name_", "run_id_")
-_BACKBONE = "backbone"
 _PREDICTION_BYTES = 256 * 2**20
+_MOST_CELLS = 512
 _SHOWN = 10
-# GEARS itself, and GEARS on states of models whose authors have not tried it
-_GEARS = {"learning_rate": 1e-3, "batch_size": 30, "objective": {"hidden": 128, "positions": "table"}}
-_GEARS_ON_STATES = {
-    "learning_rate": 1e-3,
-    "batch_size": 32,
-    "objective": {"hidden": 128, "entry": "mlp", "entry_hidden": 256, "positions": "none"},
-}
-# of all networks of GEARS; the rate is halved after every epoch
-_GEARS_OPTIMIZATION = {
-    "optimizer": "adam",
-    "weight_decay": 5e-4,
-    "clip": "value",
-    "clip_value": 1.0,
-    "schedule": "steps",
-    "unit": "epoch",
-    "step_size": 1,
-    "gamma": 0.5,
-}
 
 
-class GeneticPerturbation(BaseModelClass):
+class GeneticPerturbation(PerturbationSaving, BaseModelClass):
     """Expression of cells after one or several genes are perturbed, also for perturbations that no cell was seen with.
 
     Three kinds of models learn it from the same cells:
@@ -185,7 +157,6 @@ class GeneticPerturbation(BaseModelClass):
     >>> model.predict(["KLF1", "CEBPE+KLF1"], controls)  # doctest: +SKIP
     """
 
-    _module_cls: ClassVar[Any] = None
     module: ResponseLearner
 
     def __init__(
@@ -216,37 +187,57 @@ class GeneticPerturbation(BaseModelClass):
         require_setup(self.adata)
         seed = seed_or_default(seed)
         backbone = None
-        if model is not None:
-            # networks are trained and asked in float32
-            backbone = (
-                own_copy(model, device=device)
-                if isinstance(model, Backbone)
-                else load(model, device=device, precision="float32")
+        if isinstance(model, Backbone):
+            backbone = own_copy(model, device=device)
+        elif model is not None:
+            backbone = load(model, device=device, precision="float32")
+        route = choose_route(route, backbone)
+        if len(set(self.genes)) < len(self.genes):
+            msg = (
+                "names of genes are not unique; call adata.var_names_make_unique(), or sum the columns of a gene first"
             )
-        conditions = self._labels(self.adata)
-        self.split = _settled(split, conditions, seed)
-        arguments = {
-            "route": _route(route, backbone),
-            "checkpoint": None if backbone is None else backbone.provenance.id,
-            "most_genes": most_genes,
-            "always_include_perturbed": always_include_perturbed,
-            "first_cell_only": first_cell_only,
-            "tokenize": dict(tokenize or {}),
+            raise ValueError(msg)
+        self._rule, self._cache = ExpressionRule.of(self.adata), {**CACHE, "folder": cache_dir}
+        self._cache |= {"dtype": cache_dtype, "max_gib": float(max_cache_gib)}
+        conditions = set(labels_of(self.adata))
+        self.split = settled_split(split, conditions, seed)
+        genes = {
+            "measured": [str(gene) for gene in self.genes],
+            "seen": genes_in({*conditions, *self.split.train, *self.split.validation, *self.split.test}),
+            "trained": genes_in(self.split.train),
+            "perturbable": perturbable,
+            "form": dict(network or {}),
             "seed": seed,
         }
-        self._cache = {"folder": cache_dir, "dtype": cache_dtype, "max_gib": float(max_cache_gib)}
-        self._rule = ExpressionRule.of(self.adata)
-        seen = genes_in(sorted({*conditions, *self.split.known}))
-        trained = genes_in(self.split.train)
-        place = str(resolve_device(device)) if backbone is None else str(backbone.device)
-        if arguments["route"] == "gears":
-            self._start_gears(backbone, arguments, dict(network or {}), go, perturbable, seen, trained, place)
+        if route == "gears":
+            learner, self._perturbed = gears_learner(
+                backbone, go=go, coexpression=self._coexpression, first_cell_only=first_cell_only, **genes
+            )
+            place = resolve_device(device) if backbone is None else backbone.device
         else:
             if go is not None:
-                msg = "route='scgpt' uses no annotations of genes; leave go= out, or take route='gears'"
+                msg = "route='scgpt' uses nothing that is known about genes; leave go= out, or take route='gears'"
                 raise ValueError(msg)
-            self._start_generator(backbone, arguments, dict(network or {}), perturbable, seen, trained)
+            learner, self._perturbed = generator_learner(
+                backbone,
+                match=lambda extra: self._match(backbone, extra),
+                most_genes=most_genes,
+                always_include_perturbed=always_include_perturbed,
+                **genes,
+            )
+            backbone, place = learner.backbone, learner.backbone.device
+        self._use(backbone, learner.to(place))
+        arguments = {
+            "route": route,
+            "checkpoint": None if backbone is None else backbone.provenance.id,
+            "tokenize": dict(tokenize or {}),
+            "first_cell_only": first_cell_only,
+            "seed": seed,
+        }
         self.init_params_ = {"kwargs": {}, "non_kwargs": arguments}
+
+    def _use(self, backbone: Backbone | None, learner: ResponseLearner) -> None:
+        self.backbone, self.module = backbone, learner.eval()
 
     # -- data --------------------------------------------------------------------------------------------------------
 
@@ -296,8 +287,8 @@ class GeneticPerturbation(BaseModelClass):
 
     @property
     def perturbable(self) -> pd.Index:
-        """Genes whose perturbation can be predicted: seen in training, or tied to others by what is known about them."""
-        return pd.Index(self._perturbed_genes[self._usable], name="gene")
+        """Genes whose perturbation can be predicted: trained on, or known to the model or the graph."""
+        return pd.Index(self._perturbed.usable_names, name="gene")
 
     @property
     def route(self) -> str:
@@ -307,126 +298,24 @@ class GeneticPerturbation(BaseModelClass):
     @property
     def recipe(self) -> FineTuning | None:
         """How the authors of the model train such a network; ``None`` for GEARS itself."""
-        if self.backbone is None:
-            return None
-        return self.backbone.fine_tuning("gears" if self.route == "gears" else "responses")
+        return recipe_of(self.backbone, self.route)
 
     @property
     def _gene_state(self) -> dict[str, Any]:
         return self.registry_[_FIELD_REGISTRIES_KEY][GENES_KEY][_STATE_REGISTRY_KEY]
 
-    @staticmethod
-    def _labels(adata: AnnData) -> np.ndarray:
-        return adata.obs[_keys.PERTURBATION_OF_CELL].astype(str).to_numpy(dtype=object)
-
-    # -- building ----------------------------------------------------------------------------------------------------
-
-    def _start_gears(
-        self,
-        backbone: Backbone | None,
-        arguments: dict[str, Any],
-        network: dict[str, Any],
-        go: Any,
-        perturbable: Sequence[str] | None,
-        seen: list[str],
-        trained: list[str],
-        device: str,
-    ) -> None:
-        _check_unique(self.genes)
-        form = dict(_GEARS["objective"])
-        if backbone is not None:
-            backbone.require("gene_states")
-            form = dict(backbone.fine_tuning("gears").objective) or dict(_GEARS_ON_STATES["objective"])
-            form["states"] = backbone.gene_state_dim
-        form |= network
-        table = None if go is None else annotation_table(go)
-        known = np.zeros(0, dtype=str) if table is None else genes_of(table)
-        marks = bool(form.get("indicator", False))
-        if perturbable is not None:
-            names = sorted({*map(str, perturbable), *seen})
-        else:
-            names = sorted({*seen, *map(str, self.genes)} if marks else {*seen, *known})
-        extra = [name for name in names if name not in set(self.genes)] if marks else []
-        names = np.array([*map(str, self.genes), *extra] if marks else names, dtype=object)
-        graph = Graph.empty() if table is None else go_graph(table, names)
-        if table is None:
-            _logging.warning(
-                "without annotations of genes (go=), GEARS predicts perturbations of genes only that it was trained on"
-            )
-        elif lost := [gene for gene in seen if gene not in set(known)]:
-            _logging.warning(
-                f"go= says nothing about {', '.join(lost[:_SHOWN])}; what is learned of them comes from their own cells"
-            )
-        self._set_genes(names, np.isin(names.astype(str), known) | np.isin(names.astype(str), trained), extra)
-        coexpression = None
-        if form.get("positions", "table") != "none":
-            values = self._rule.read(self.adata)[0]
-            coexpression = coexpression_graph(values[self._cells_of(self.split.train, self._labels(self.adata), True)])
-        config = GearsConfig(n_genes=len(self._all_genes), n_perturbations=len(names), **form)
-        places = torch.from_numpy(pd.Index(self._all_genes).get_indexer(names)) if marks else None
-        made = fresh_network(config, arguments["seed"], graph, coexpression, places)
-        self._use(backbone, GearsLearner(made.to(device), first_cell_only=arguments["first_cell_only"]))
-
-    def _start_generator(
-        self,
-        backbone: Backbone | None,
-        arguments: dict[str, Any],
-        network: dict[str, Any],
-        perturbable: Sequence[str] | None,
-        seen: list[str],
-        trained: list[str],
-    ) -> None:
-        _check_unique(self.genes)
-        if backbone is None:
-            msg = "route='scgpt' needs a model; give model=, or take route='gears'"
-            raise ValueError(msg)
-        if not backbone.perturbs_already:
-            backbone = backbone.perturbing(seed=arguments["seed"], **network)
-        elif network:
-            msg = f"{backbone.name} is a network for perturbations already; leave network= out"
-            raise ValueError(msg)
-        wanted = sorted({*seen, *map(str, perturbable or ())})
-        extra = [name for name in wanted if name not in set(self.genes)]
-        names = np.array([*map(str, self.genes), *extra], dtype=object)
-        self._set_genes(names, np.ones(len(names), dtype=bool), extra)
-        match = self._match(backbone)
-        match.require_any(backbone.name)
-        _logging.info(match.summary())
-        if len(unknown := np.asarray(names)[match.ids < 0]):
-            _logging.warning(
-                f"{len(unknown):,} genes are not in the vocabulary of {backbone.name} and all have the vector of padding, among "
-                f"them {', '.join(map(str, unknown[:_SHOWN]))}"
-            )
-        self._usable = (match.ids >= 0) | np.isin(names.astype(str), trained)
-        options = dict(backbone.fine_tuning("responses").objective)
-        most = options.get("most_genes") if arguments["most_genes"] is None else arguments["most_genes"]
-        learner = GeneratorLearner(
-            backbone,
-            match.ids,
-            np.arange(len(names)),
-            most_genes=most,
-            always_include_perturbed=arguments["always_include_perturbed"],
-            loss={"gepc_weight": 1.0} if network.get("mvc") else None,
-        )
-        self._use(backbone, learner)
-
-    def _set_genes(self, perturbed: np.ndarray, usable: np.ndarray, extra: list[str]) -> None:
-        """Genes that can be perturbed, and genes of the network: those of the data, then perturbed ones that are not measured."""
-        self._perturbed_genes, self._usable = np.asarray(perturbed, dtype=object), np.asarray(usable, dtype=bool)
-        self._all_genes = np.array([*map(str, self.genes), *extra], dtype=object)
-
-    def _use(self, backbone: Backbone | None, learner: ResponseLearner) -> None:
-        self.backbone, self.module = backbone, learner.eval()
-
-    def _match(self, backbone: Backbone) -> Any:
-        """What the genes of the network are to a model."""
-        state = dict(self._gene_state)
-        n_extra = len(self._all_genes) - len(self.genes)
-        state[GeneField.NAMES] = self._all_genes
+    def _match(self, backbone: Backbone, extra: Sequence[str]) -> GeneMatch:
+        """What the genes of the data, and further ones by their name, are to a model."""
+        state = {**self._gene_state, GeneField.NAMES: np.array([*self.genes, *extra], dtype=object)}
         if state[GeneField.ENSEMBL_IDS] is not None:
-            state[GeneField.ENSEMBL_IDS] = np.array([*state[GeneField.ENSEMBL_IDS], *[""] * n_extra], dtype=object)
-        # genes that are appended have no identifiers, so that their names decide
+            state[GeneField.ENSEMBL_IDS] = np.array([*state[GeneField.ENSEMBL_IDS], *[""] * len(extra)], dtype=object)
         return align(backbone.vocab, state, self.registry_[_SETUP_ARGS_KEY]["aliases"])
+
+    def _coexpression(self) -> Graph:
+        """Graph of the genes over control cells and cells with one perturbed gene that are trained on, as the authors have it."""
+        single = np.array([len(genes_of(name)) < 2 for name in labels_of(self.adata)])
+        train = parts_of_cells(self.adata, self.split) == "train"
+        return coexpression_graph(self._rule.read(self.adata)[0][train & single])
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -492,19 +381,31 @@ class GeneticPerturbation(BaseModelClass):
             msg = "the model was loaded without data; load it with adata="
             raise ValueError(msg)
         self._validate_anndata(self.adata)
-        made = self.init_params_["non_kwargs"]
-        seed = made["seed"] if seed is None else int(seed)
-        options = self._fit_options(
-            max_epochs, batch_size, accumulate, sum_accumulated, lr, weight_decay, optimization, monitor, keep_best,
-            early_stopping_patience, seed,
-        )  # fmt: skip
-        pairs, totals = self._pairs()
-        train = self._cells_of(self.split.train, pairs.conditions, True)[pairs.codes]
-        train, held_out = (
-            np.flatnonzero(train),
-            np.flatnonzero(self._cells_of(self.split.validation, pairs.conditions, False)[pairs.codes]),
+        seed = self.init_params_["non_kwargs"]["seed"] if seed is None else int(seed)
+        de_genes = de_positions(self.adata, self.genes) or None
+        options = fit_options(
+            self.recipe,
+            self.route,
+            has_de_genes=de_genes is not None,
+            optimization=optimization,
+            lr=lr,
+            weight_decay=weight_decay,
+            monitor=monitor,
+            patience=early_stopping_patience,
+            max_epochs=max_epochs,
+            batch_size=batch_size,
+            accumulate=accumulate,
+            sum_accumulated=sum_accumulated,
+            keep_best=keep_best,
+            seed=seed,
         )
-        if not (pairs.codes[train] > 0).any():
+        if loss and self.route != "gears":
+            msg = "loss= has options of GEARS; the loss of this network has none"
+            raise ValueError(msg)
+        pairs, totals = self._pairs()
+        parts = parts_of_cells(self.adata, self.split)
+        train, held_out = np.flatnonzero(parts == "train"), np.flatnonzero(parts == "validation")
+        if not pairs.codes[train].any():
             msg = "no cell of the data has a perturbation of split.train, so that there is nothing to learn from"
             raise ValueError(msg)
         if (accelerator, device) != ("auto", "auto"):
@@ -514,33 +415,32 @@ class GeneticPerturbation(BaseModelClass):
             if self.backbone is not None:
                 used = np.unique(pairs.controls[np.concatenate([train, held_out])])
                 self.module.states = self._cached(pairs.expression, totals, used, seed)
-        elif loss:
-            msg = "loss= has options of GEARS; the loss of this network has none"
-            raise ValueError(msg)
-        show = settings.verbosity >= 2 if progress is None else progress
+        if not len(held_out):
+            _logging.warning("no cells are held out by split.validation, so that the last epoch is kept")
         start = _logging.info(
-            f"training on {len(train):,} cells with {len(np.unique(pairs.codes[train])) - 1} perturbations, "
+            f"training on {len(train):,} cells with {len(np.unique(pairs.codes[train])) - 1} perturbations; "
             f"{len(np.unique(pairs.codes[held_out]))} held out"
         )
-        if not len(held_out):
-            _logging.warning("split.validation is empty, so that the last epoch is kept")
-        rows = self._run(pairs, train, held_out, options, show)
+        rows = self._run(
+            pairs, train, held_out, options, de_genes, settings.verbosity >= 2 if progress is None else progress
+        )
         table = pd.DataFrame(rows).rename_axis("epoch")
         self.history_ = joined(self.history_, {name: table[[name]] for name in table})
         self.is_trained_ = True
         _logging.info("    finished", time=start)
 
     def _run(
-        self, pairs: PerturbationPairs, train: np.ndarray, held_out: np.ndarray, options: FitOptions, show: bool
+        self,
+        pairs: PerturbationPairs,
+        train: np.ndarray,
+        held_out: np.ndarray,
+        options: FitOptions,
+        de_genes: dict[str, np.ndarray] | None,
+        show: bool,
     ) -> list[dict[str, float]]:
-        trained = list(self.module.parameters())
-        before = [parameter.requires_grad for parameter in trained]
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        epochs = fit(
-            self.module, pairs, train, held_out, options, de_genes=de_positions(self.adata, self._all_genes) or None
-        )
-        rows = []
+        self.module.requires_grad_(True)
+        rows: list[dict[str, float]] = []
+        epochs = fit(self.module, pairs, train, held_out, options, de_genes=de_genes)
         try:
             with tqdm(total=options.max_epochs, desc="epochs", disable=not show, leave=False) as bar:
                 for row in epochs:
@@ -549,88 +449,35 @@ class GeneticPerturbation(BaseModelClass):
                     bar.set_postfix(loss=f"{row['train_loss_epoch']:.4g}")
         finally:
             epochs.close()
-            self.module.eval()
-            for parameter, state in zip(trained, before, strict=True):
-                parameter.requires_grad_(state)
-                parameter.grad = None
+            self.module.eval().requires_grad_(False)
+            self.module.zero_grad()
             if isinstance(self.module, GearsLearner):
                 self.module.states = None
         return rows
 
-    def _fit_options(
-        self,
-        max_epochs: int | None,
-        batch_size: int | None,
-        accumulate: int | None,
-        sum_accumulated: bool,
-        lr: float | None,
-        weight_decay: float | None,
-        optimization: Optimization | Mapping[str, Any] | None,
-        monitor: str | None,
-        keep_best: bool,
-        patience: int | None,
-        seed: int,
-    ) -> FitOptions:
-        recipe = self.recipe
-        usual = {"batch_size": 32, "accumulate": 1, "max_epochs": 15}
-        if self.route != "gears":
-            fields = dict(recipe.optimization)
-            usual = {name: getattr(recipe, name) for name in usual}
-            patience = recipe.objective.get("patience") if patience is None else patience
-        elif recipe is None or not recipe.objective:
-            default = _GEARS if recipe is None else _GEARS_ON_STATES
-            fields = _GEARS_OPTIMIZATION | {"learning_rate": default["learning_rate"]}
-            usual["batch_size"] = default["batch_size"]
-        else:
-            fields = _GEARS_OPTIMIZATION | dict(recipe.optimization)
-            usual = {name: getattr(recipe, name) for name in usual}
-        if not isinstance(optimization, Optimization):
-            fields = fields if optimization is None else dict(optimization)
-            given = {"learning_rate": lr, "weight_decay": weight_decay}
-            optimization = Optimization.from_dict(fields | {k: v for k, v in given.items() if v is not None})
-        if monitor is None:
-            monitor = recipe.monitor if recipe is not None and recipe.monitor in set(MONITORS) - {"loss"} else "DE MSE"
-        if monitor.startswith("DE ") and not de_positions(self.adata, self._all_genes):
-            _logging.warning(f"the data have no genes for {monitor!r}; {monitor.removeprefix('DE ')!r} is used")
-            monitor = monitor.removeprefix("DE ")
-        given = {"batch_size": batch_size, "accumulate": accumulate, "max_epochs": max_epochs}
-        usual |= {name: value for name, value in given.items() if value is not None}
-        return FitOptions(
-            optimization,
-            sum_accumulated=sum_accumulated,
-            monitor=monitor,
-            keep_best=keep_best,
-            patience=patience,
-            seed=seed,
-            **usual,
-        )
-
     def _pairs(self) -> tuple[PerturbationPairs, np.ndarray | None]:
         values, totals = self._rule.read(self.adata)
-        values = self._with_unmeasured(values)
-        labels = self._labels(self.adata)
+        labels = labels_of(self.adata)
         conditions = [CONTROL, *sorted(set(labels) - {CONTROL})]
-        place = pd.Index(self._perturbed_genes)
-        members = [place.get_indexer(name.split(SEPARATOR)) if name != CONTROL else [] for name in conditions]
-        perturbed = np.full((len(conditions), max(1, *map(len, members))), -1, dtype=np.int64)
-        for row, genes in zip(perturbed, members, strict=True):
-            row[: len(genes)] = genes
+        perturbed = self._members(conditions)
         controls = self.adata.obs[_keys.CONTROL_OF_CELL].to_numpy(dtype=np.int64)
         codes = pd.Index(conditions).get_indexer(labels)
-        return PerturbationPairs(values, controls, conditions, codes, perturbed), totals
+        return PerturbationPairs(self._with_unmeasured(values), controls, conditions, codes, perturbed), totals
+
+    def _members(self, names: Sequence[str]) -> np.ndarray:
+        """Numbers of the perturbed genes of canonical perturbations, filled with -1, ``(names, most)``."""
+        genes = [genes_of(name) for name in names]
+        out = np.full((len(names), max(1, *map(len, genes))), -1, dtype=np.int64)
+        for row, some in zip(out, genes, strict=True):
+            row[: len(some)] = self._perturbed.numbers(some)
+        return out
 
     def _with_unmeasured(self, values: sparse.csr_matrix) -> sparse.csr_matrix:
         """Perturbed genes that are not measured follow with the value 0."""
-        n_extra = len(self._all_genes) - len(self.genes)
-        if not n_extra:
+        if not self._perturbed.extra:
             return values
-        zeros = sparse.csr_matrix((values.shape[0], n_extra), dtype=values.dtype)
+        zeros = sparse.csr_matrix((values.shape[0], len(self._perturbed.extra)), dtype=values.dtype)
         return sparse.hstack([values, zeros], format="csr")
-
-    @staticmethod
-    def _cells_of(names: Sequence[str], conditions: Sequence[str], control: bool) -> np.ndarray:
-        """Which conditions are among some names, control as wanted."""
-        return np.isin(np.asarray(conditions, dtype=str), [*names, *([CONTROL] if control else [])])
 
     # -- states of genes ---------------------------------------------------------------------------------------------
 
@@ -639,14 +486,15 @@ class GeneticPerturbation(BaseModelClass):
     ) -> engine.Task:
         """Cells for the engine, with the values that the network sees."""
         backbone = self.backbone
-        cells = AnnData(expression, obs=pd.DataFrame(index=names), var=pd.DataFrame(index=self._all_genes.astype(str)))
+        match = self._match(backbone, self._perturbed.extra)
+        cells = AnnData(expression, obs=pd.DataFrame(index=names), var=pd.DataFrame(index=match.names.astype(str)))
         options = dict(backbone.fine_tuning("gears").tokenize) | backbone.normalized_input(totals)
         if "rng" in engine.accepted_options(backbone):
             options = {"rng": seed, **options}
         options |= self.init_params_["non_kwargs"]["tokenize"]
         source = open_source(cells)
         engine.check_options(backbone, options, source.n_obs)
-        return engine.Task(backbone, source, self._match(backbone), options)
+        return engine.Task(backbone, source, match, options)
 
     def _cached(self, expression: sparse.csr_matrix, totals: np.ndarray | None, cells: np.ndarray, seed: int) -> Any:
         some = expression[cells]
@@ -689,49 +537,51 @@ class GeneticPerturbation(BaseModelClass):
         ValueError
             If a gene cannot be perturbed, or genes of the model are missing.
         """
-        names = [perturbations] if isinstance(perturbations, str) else list(map(str, perturbations))
-        members = self._members(names)
+        names = [perturbations] if isinstance(perturbations, str) else [str(name) for name in perturbations]
+        members = self._usable_members(names)
         control = self._controls() if control is None else control
         expression, totals, columns = self._control_expression(control)
-        if not self.is_trained_ and not (self.backbone is not None and self.backbone.perturbs_already):
+        if not self.is_trained_ and not (
+            self.backbone is not None and self.backbone.perturbs_already and self.adata is None
+        ):
             _logging.warning("the model is not trained; call train() first")
-        size = self._block_size() if batch_size is None else batch_size
+        size = self._block_size() if batch_size is None else int(batch_size)
         if size < 1:
             msg = f"batch_size must be positive; got {batch_size}"
             raise ValueError(msg)
-        return self._predict_blocks(names, members, expression, totals, columns, control.obs_names, size, seed)
+        # a generator of its own, so that wrong input is refused before the first block is asked for
+        return self._predict(names, members, expression, totals, columns, size, seed)
 
-    def _predict_blocks(
+    def _predict(
         self,
         names: list[str],
-        members: list[np.ndarray],
+        members: np.ndarray,
         expression: sparse.csr_matrix,
         totals: np.ndarray | None,
         columns: np.ndarray,
-        cells: pd.Index,
         size: int,
         seed: int,
     ) -> Iterator[tuple[str, slice, np.ndarray]]:
-        learner, n_genes = self.module, len(self.genes)
-        learner.eval()
+        learner, n_genes = self.module.eval(), len(self.genes)
         needs_states = isinstance(learner, GearsLearner) and self.backbone is not None
         for start in range(0, expression.shape[0], size):
             rows = slice(start, min(start + size, expression.shape[0]))
             block = expression[rows]
+            states = None
+            if needs_states:
+                cells = pd.RangeIndex(rows.start, rows.stop).astype(str)
+                task = self._task(block, None if totals is None else totals[rows], cells, seed)
+                states = torch.from_numpy(states_in_memory(task, quiet=start > 0)).to(learner.device)
+            before = torch.from_numpy(block.toarray().astype(np.float32, copy=False)).to(learner.device)
             with torch.no_grad():
-                states = None
-                if needs_states:
-                    known = None if totals is None else totals[rows]
-                    task = self._task(block, known, cells[rows], seed)
-                    states = torch.from_numpy(states_in_memory(task)).to(learner.device)
-                before = torch.from_numpy(block.toarray().astype(np.float32, copy=False)).to(learner.device)
                 seen = learner.look_at(before, states)
-                for name, genes in zip(names, members, strict=True):
+            for name, genes in zip(names, members, strict=True):
+                with torch.no_grad():
                     perturbed = torch.from_numpy(genes).to(learner.device).expand(len(before), -1)
                     values = learner.respond(seen, before, perturbed)[:, :n_genes].float().cpu().numpy()
-                    out = np.empty_like(values)
-                    out[:, columns] = values
-                    yield name, rows, out
+                out = np.empty_like(values)
+                out[:, columns] = values
+                yield name, rows, out
 
     def predict(
         self,
@@ -757,26 +607,33 @@ class GeneticPerturbation(BaseModelClass):
             out.setdefault(name, []).append(values)
         return {name: np.concatenate(parts) for name, parts in out.items()}
 
-    def _members(self, names: list[str]) -> list[np.ndarray]:
-        """Numbers of the genes of each perturbation."""
-        place = pd.Index(self._perturbed_genes)
-        wanted = [canonical(name).split(SEPARATOR) if canonical(name) != CONTROL else [] for name in names]
-        genes = sorted({gene for some in wanted for gene in some})
-        found = place.get_indexer(genes)
-        unable = [gene for gene, at in zip(genes, found, strict=True) if at < 0 or not self._usable[at]]
+    def _usable_members(self, names: list[str]) -> np.ndarray:
+        """Numbers of the genes of perturbations in any order.
+
+        Raises
+        ------
+        ValueError
+            If one of them cannot be perturbed.
+        """
+        wanted = [canonical(name) for name in names]
+        genes = genes_in(wanted)
+        at = self._perturbed.numbers(genes)
+        able = (at >= 0) & self._perturbed.usable[at]
+        unable = [gene for gene, fine in zip(genes, able, strict=True) if not fine]
         if unable:
             msg = (
-                f"the model cannot perturb {', '.join(unable[:_SHOWN])}{' ...' if len(unable) > _SHOWN else ''}: nothing is known "
-                f"about these genes, and it was not trained on them; see .perturbable for the {int(self._usable.sum()):,} that it can"
+                f"the model cannot perturb {', '.join(unable[:_SHOWN])}{' ...' if len(unable) > _SHOWN else ''}: it was not "
+                f"trained on these genes, and nothing else is known to it about them; .perturbable has the "
+                f"{len(self.perturbable):,} that it can"
             )
             raise ValueError(msg)
-        return [place.get_indexer(some).astype(np.int64) if some else np.full(1, -1) for some in wanted]
+        return self._members(wanted)
 
     def _controls(self) -> AnnData:
         if self.adata is None:
             msg = "the model was loaded without data; give control cells with control="
             raise ValueError(msg)
-        return self.adata[self._labels(self.adata) == CONTROL]
+        return self.adata[labels_of(self.adata) == CONTROL]
 
     def _control_expression(self, control: AnnData) -> tuple[sparse.csr_matrix, np.ndarray | None, np.ndarray]:
         """Expression of control cells in the order of the network's genes, and where each gene is in the data."""
@@ -799,156 +656,15 @@ class GeneticPerturbation(BaseModelClass):
 
     def _block_size(self) -> int:
         """Cells of a block, so that its largest arrays stay at a few hundred megabytes."""
-        width = 8
         if isinstance(self.module, GearsLearner):
             config = self.module.network.config
             width = max(4 * config.hidden, 2 * config.states)
         else:
-            width = 8 * self.backbone.config_to_dict().get("dim", 64)
-        return int(np.clip(_PREDICTION_BYTES // (4 * width * len(self._all_genes)), 1, 512))
+            width = 8 * self.backbone.gene_state_dim
+        n_genes = len(self.genes) + len(self._perturbed.extra)
+        return int(np.clip(_PREDICTION_BYTES // (4 * width * n_genes), 1, _MOST_CELLS))
 
-    # -- saving ------------------------------------------------------------------------------------------------------
-
-    def save(
-        self,
-        dir_path: File,
-        prefix: str | None = None,
-        overwrite: bool = False,
-        save_anndata: bool = False,
-        save_backbone: bool = True,
-        **anndata_write_kwargs: Any,
-    ) -> None:
-        """Save the model to a directory, as JSON and safetensors.
-
-        Parameters
-        ----------
-        dir_path, prefix, overwrite, save_anndata, anndata_write_kwargs
-            As in :meth:`FoundationModel.save`.
-        save_backbone
-            Whether the foundation model whose states GEARS sees is saved, too. Without, give it to :meth:`load`.
-
-        Raises
-        ------
-        FileExistsError
-            If the directory exists and may not be replaced.
-        ValueError
-            If ``save_anndata`` is set for a model without data.
-        """
-        path = _place(dir_path, prefix)
-        if overwrite and path.exists() and not (path / HEADER).is_file() and any(path.iterdir()):
-            msg = f"{path} holds something else than a saved model and is not replaced even with overwrite=True"
-            raise FileExistsError(msg)
-        if save_anndata and self.adata is None:
-            msg = "save_anndata=True, but the model has no data"
-            raise ValueError(msg)
-        state: dict[str, Any] = {
-            "split": self.split.to_dict(),
-            "perturbed_genes": self._perturbed_genes.astype(str),
-            "usable": self._usable,
-            "all_genes": self._all_genes.astype(str),
-            "rule": {"layer": self._rule.layer, "total_key": self._rule.total_key, "target_sum": self._rule.target_sum},
-            "backbone": None if self.backbone is None else self.backbone.provenance.id,
-        }
-        tensors: dict[str, Tensor] = {}
-        if isinstance(self.module, GearsLearner):
-            state["network"] = vars(self.module.network.config)
-            tensors = self.module.network.state_dict()
-        else:
-            state["network"] = {"most_genes": self.module.most_genes, "loss": self.module.loss_options}
-            tensors = {"ids": self.module.ids}
-            save_backbone = True
-        header = {
-            "format": FORMAT,
-            "scfm": version("scfm"),
-            "class": type(self).__name__,
-            "registry": encode(_without_tables(self.registry_)),
-            "attributes": {name: encode(getattr(self, name)) for name in _ATTRIBUTES},
-            "task": encode(state),
-        }
-        with new_directory(path.resolve(), overwrite=overwrite) as directory:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, directory / HEAD)
-            header["head_sha256"] = sha256(directory / HEAD)
-            if self.backbone is not None and save_backbone:
-                store.save_backbone(self.backbone, directory / _BACKBONE)
-            if save_anndata:
-                _write(self.adata, directory, **anndata_write_kwargs)
-            (directory / HEADER).write_text(json.dumps(header) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(
-        cls,
-        dir_path: File,
-        adata: AnnData | bool | None = None,
-        accelerator: str = "auto",
-        device: int | str = "auto",
-        prefix: str | None = None,
-        *,
-        model: File | Backbone | None = None,
-    ) -> Self:
-        """Load a saved model.
-
-        Parameters
-        ----------
-        dir_path
-            The directory.
-        adata
-            Data to go on training with, which need the same genes in the same order; by default those saved with the model, if
-            any; ``False`` for none.
-        accelerator, device, prefix
-            As in :meth:`FoundationModel.load`.
-        model
-            The foundation model, where it was not saved.
-
-        Raises
-        ------
-        CheckpointError
-            If a file is damaged or missing.
-        ValueError
-            If it is a model of another class, the data have other genes, or the foundation model is missing.
-        """
-        header, registry = _read_header(cls, dir_path, prefix)
-        place, where = _place(dir_path, prefix), _device(accelerator, device)
-        if adata is None:
-            adata = _saved_data(place)
-        adata = None if adata is False else adata
-        if adata is not None:
-            cls.setup_anndata(adata, **registry[_SETUP_ARGS_KEY])
-        loaded = cls.__new__(cls)
-        BaseModelClass.__init__(loaded, adata, None if adata is not None else registry)
-        saved = registry[_FIELD_REGISTRIES_KEY][GENES_KEY][_STATE_REGISTRY_KEY][GeneField.NAMES]
-        if not np.array_equal(loaded.genes.astype(str), np.asarray(saved, dtype=str)):
-            msg = "the data have other genes, or another order of them, than the model; choose them with adata[:, model.genes]"
-            raise ValueError(msg)
-        state, tensors = _read_task(header, dir_path, prefix)
-        for name, value in decode(header["attributes"]).items():
-            setattr(loaded, name, value)
-        backbone = None
-        if state["backbone"] is not None:
-            backbone = _saved_backbone(place / _BACKBONE, model, state["backbone"], where)
-        made = loaded.init_params_["non_kwargs"]
-        loaded.split, loaded._rule = SplitNames.of(state["split"]), ExpressionRule(**state["rule"])
-        loaded._cache = {"folder": None, "dtype": "float16", "max_gib": 32.0}
-        loaded._perturbed_genes, loaded._usable = state["perturbed_genes"].astype(object), state["usable"].astype(bool)
-        loaded._all_genes = state["all_genes"].astype(object)
-        if made["route"] == "gears":
-            graphs = [
-                Graph(tensors[f"{name}.edges"], tensors[f"{name}.edge_weight"]) if f"{name}.edges" in tensors else None
-                for name in ("go", "coexpression")
-            ]
-            network = fresh_network(GearsConfig(**state["network"]), 0, *graphs, tensors.get("places"))
-            network.load_state_dict(tensors)
-            learner: ResponseLearner = GearsLearner(network.to(where), first_cell_only=made["first_cell_only"])
-        else:
-            learner = GeneratorLearner(
-                backbone,
-                tensors["ids"].numpy(),
-                np.arange(len(loaded._all_genes)),
-                most_genes=state["network"]["most_genes"],
-                always_include_perturbed=made["always_include_perturbed"],
-                loss=state["network"]["loss"],
-            ).to(where)
-        loaded._use(backbone, learner)
-        return loaded
+    # -- looks ---------------------------------------------------------------------------------------------------------
 
     def to_device(self, device: str | int) -> None:
         """Move the network and the foundation model, in place."""
@@ -956,8 +672,6 @@ class GeneticPerturbation(BaseModelClass):
         if self.backbone is not None:
             self.backbone.to(place, "float32")
         self.module.to(place)
-
-    # -- looks -------------------------------------------------------------------------------------------------------
 
     @property
     def summary_string(self) -> str:
@@ -971,53 +685,3 @@ class GeneticPerturbation(BaseModelClass):
             f"{len(self.split.train)} perturbations to train on, {len(self.split.validation)} to validate on\n"
             f"Training status: {'Trained' if self.is_trained_ else 'Not Trained'}"
         )
-
-
-def _route(route: str | None, backbone: Backbone | None) -> str:
-    if route not in (None, "gears", "scgpt"):
-        msg = f"route must be 'gears' or 'scgpt'; got {route!r}"
-        raise ValueError(msg)
-    if route is None:
-        return "scgpt" if backbone is not None and "perturbs" in backbone.capabilities else "gears"
-    if route == "scgpt" and backbone is not None:
-        backbone.require("perturbs")
-    if route == "gears" and backbone is not None and backbone.perturbs_already:
-        msg = f"{backbone.name} is a network for perturbations; use route='scgpt', or the model it was fine-tuned from"
-        raise UnsupportedError(msg)
-    return route
-
-
-def _settled(split: Any, conditions: np.ndarray, seed: int) -> SplitNames:
-    """Names of a split, those of the default one included; perturbations that the data lack are said."""
-    there = set(conditions) - {CONTROL}
-    if not there:
-        msg = "all cells are controls, so that there is nothing to learn; run scfm.pp.perturbation_setup with the right names"
-        raise ValueError(msg)
-    if split is None:
-        from ..tasks.perturbation_data import split_perturbations
-
-        split = split_perturbations(sorted(there), how="simulation", seed=seed)
-    names = SplitNames.of(split)
-    if not set(names.train) & there:
-        msg = f"no perturbation of split.train is in the data ({', '.join(sorted(there)[:_SHOWN])} ...)"
-        raise ValueError(msg)
-    if absent := sorted({*names.train, *names.validation} - there):
-        _logging.warning(f"the data have no cells for {', '.join(absent[:_SHOWN])} of the split")
-    if left := sorted(there - names.known):
-        _logging.info(f"    in no part of the split, and left alone: {', '.join(left[:_SHOWN])}")
-    return names
-
-
-def _check_unique(genes: np.ndarray) -> None:
-    if len(set(genes)) < len(genes):
-        msg = "names of genes are not unique; call adata.var_names_make_unique(), or sum the columns of a gene first"
-        raise ValueError(msg)
-
-
-def _saved_backbone(folder: Any, model: File | Backbone | None, name: str, device: str) -> Backbone:
-    if isinstance(model, Backbone):
-        return own_copy(model, device=device)
-    if model is None and not folder.is_dir():
-        msg = f"the foundation model {name} was not saved with this model; give it with model="
-        raise ValueError(msg)
-    return load(folder if model is None else model, device=device, precision="float32")

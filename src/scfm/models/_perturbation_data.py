@@ -10,20 +10,21 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from .. import _keys
+from .. import _keys, _logging
 from .._counts import CountStats
 from ..data import open_source
+from ..tasks.perturbation_data import CONTROL, PerturbationSplit, genes_of, split_perturbations
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     from anndata import AnnData
     from scipy.sparse import csr_matrix
 
 _READ_ROWS = 4096
 _TARGET_SUM = 1e4
-CONTROL = "ctrl"
-SEPARATOR = "+"
+_SHOWN = 10
+_PARTS = ("train", "validation", "test", "held_out_cell_types")
 
 
 @dataclass(frozen=True)
@@ -97,58 +98,61 @@ class ExpressionRule:
         return values.astype(np.float32).tocsr(), totals
 
 
-@dataclass(frozen=True)
-class SplitNames:
-    """Names of the perturbations to train on, to choose the best epoch by, and to leave alone."""
+def settled_split(split: Any, conditions: Iterable[str], seed: int) -> PerturbationSplit:
+    """A split in one form, or the default one; what the data lack of it is said.
 
-    train: tuple[str, ...]
-    validation: tuple[str, ...] = ()
-    test: tuple[str, ...] = ()
+    Parameters
+    ----------
+    split
+        A split, a mapping with ``"train"``, ``"validation"`` and ``"test"``, or ``None``.
+    conditions
+        Canonical names that the data have.
+    seed
+        Seed of the default split.
 
-    @classmethod
-    def of(cls, split: Any) -> SplitNames:
-        """From an object or mapping with ``train``, ``validation`` and ``test``.
-
-        Raises
-        ------
-        TypeError
-            If it is something else.
-        ValueError
-            If a perturbation is in two parts.
-        """
-        get = split.get if isinstance(split, Mapping) else lambda name, default=None: getattr(split, name, default)
-        train = get("train")
-        if train is None:
-            msg = "split= needs train, validation and test, as scfm.tasks.perturbation_data.split_perturbations gives them"
+    Raises
+    ------
+    TypeError
+        If it is something else.
+    ValueError
+        If there is nothing to train on, or a perturbation is in two parts.
+    """
+    there = {str(name) for name in conditions} - {CONTROL}
+    if split is None:
+        split = split_perturbations(sorted(there), seed=seed)
+    elif isinstance(split, Mapping):
+        if unknown := set(split) - set(_PARTS):
+            msg = f"split= has the parts {', '.join(_PARTS)}; got {', '.join(map(repr, sorted(unknown)))}"
             raise TypeError(msg)
-        parts = [tuple(canonical(name) for name in get(part) or ()) for part in ("train", "validation", "test")]
-        parts = [tuple(dict.fromkeys(name for name in part if name != CONTROL)) for part in parts]
-        together = [name for part in parts for name in part]
-        if len(set(together)) < len(together):
-            twice = pd.Index(together)[pd.Index(together).duplicated()]
-            msg = f"these perturbations are in two parts of the split: {', '.join(twice[:10])}"
-            raise ValueError(msg)
-        return cls(*parts)
-
-    @property
-    def known(self) -> set[str]:
-        """All of them."""
-        return {*self.train, *self.validation, *self.test}
-
-    def to_dict(self) -> dict[str, list[str]]:
-        """As JSON values."""
-        return {"train": list(self.train), "validation": list(self.validation), "test": list(self.test)}
+        split = PerturbationSplit.from_lists(**{name: split[name] for name in split})
+    elif not isinstance(split, PerturbationSplit):
+        msg = f"split= needs what scfm.tasks.perturbation_data.split_perturbations gives, not {type(split).__name__}"
+        raise TypeError(msg)
+    if not set(split.train) & there:
+        msg = f"no perturbation of split.train is in the data, which have {', '.join(sorted(there)[:_SHOWN]) or 'controls only'}"
+        raise ValueError(msg)
+    if absent := sorted({*split.train, *split.validation} - there):
+        _logging.warning(f"the data have no cells for {', '.join(absent[:_SHOWN])} of the split")
+    if left := sorted(there - {*split.train, *split.validation, *split.test}):
+        _logging.info(f"    in no part of the split, and left alone: {', '.join(left[:_SHOWN])}")
+    return split
 
 
-def canonical(name: str) -> str:
-    """Genes of a perturbation in the order of their names, joined by ``+``; ``"ctrl"`` for none."""
-    genes = sorted({gene for gene in map(str.strip, str(name).split(SEPARATOR)) if gene not in ("", CONTROL)})
-    return SEPARATOR.join(genes) or CONTROL
+def parts_of_cells(adata: AnnData, split: PerturbationSplit) -> np.ndarray:
+    """Part of the split of each cell, see :meth:`PerturbationSplit.of_cells`."""
+    key = adata.uns[_keys.PERTURBATION]["params"].get("cell_type_key")
+    types = None if not key else adata.obs[key].astype(str).to_numpy()
+    return split.of_cells(labels_of(adata), types)
 
 
-def genes_in(names: Sequence[str]) -> list[str]:
+def labels_of(adata: AnnData) -> np.ndarray:
+    """Canonical name of the perturbation of each cell."""
+    return adata.obs[_keys.PERTURBATION_OF_CELL].astype(str).to_numpy(dtype=object)
+
+
+def genes_in(names: Iterable[str]) -> list[str]:
     """Genes that occur in perturbations, sorted."""
-    return sorted({gene for name in names for gene in name.split(SEPARATOR) if gene != CONTROL})
+    return sorted({gene for name in names for gene in genes_of(name)})
 
 
 def require_setup(adata: AnnData) -> None:

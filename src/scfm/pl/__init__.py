@@ -9,6 +9,8 @@ from ._enrichment import enrichment
 from ._gene_network import gene_network
 from ._gene_programs import gene_programs
 from ._gene_similarity import gene_similarity
+from ._perturbation import perturbation
+from ._perturbation_atlas import perturbation_atlas
 from ._tf_specificity import tf_specificity
 from ._training import training_curve
 
@@ -20,6 +22,8 @@ __all__ = [
     "gene_network",
     "gene_programs",
     "gene_similarity",
+    "perturbation",
+    "perturbation_atlas",
     "tf_specificity",
     "training_curve",
 ]

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from scipy import sparse
 
 from .. import __version__, _keys, _logging
 from ..metrics import condition_means
-from ..tasks.perturbation_data import CONTROL, SEPARATOR, SEPARATORS, canonical, genes_of, is_control, parse_perturbation
+from ..tasks.perturbation_data import CONTROL, SEPARATOR, SEPARATORS, canonical, genes_of, parse_perturbation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from anndata import AnnData
+    from scipy import sparse
 
 _TARGET_SUM = 1e4
 _SHOWN = 10
@@ -134,7 +135,12 @@ def perturbation_setup(
 
     adata.obs[_keys.PERTURBATION_OF_CELL] = pd.Categorical(names, categories=table["perturbation"])
     adata.obs[_keys.CONTROL_OF_CELL] = pairs
-    params = {"perturbation_key": perturbation_key, "layer": layer, "total_key": total_key, "target_sum": float(target_sum)}
+    params = {
+        "perturbation_key": perturbation_key,
+        "layer": layer,
+        "total_key": total_key,
+        "target_sum": float(target_sum),
+    }
     params |= {"cell_type_key": cell_type_key, "n_de_genes": n_de_genes, "rng": seed}
     params |= {"controls": None if control is None else np.asarray(control, dtype=str)}
     adata.uns[_keys.PERTURBATION] = {
@@ -179,9 +185,6 @@ def _named(
         raise ValueError(msg)
     if set(name_of.values()) == {CONTROL}:
         msg = f"obs[{column!r}] has control cells only, and nothing was perturbed; there are {shown}"
-        raise ValueError(msg)
-    if not is_control(CONTROL, control):  # a gene of that name
-        msg = f"{CONTROL!r} is kept for control"
         raise ValueError(msg)
     names = labels.map(name_of).to_numpy(dtype=object).astype(str)
     order = [CONTROL, *sorted(set(names) - {CONTROL})]
@@ -234,7 +237,9 @@ def _de_genes(
     n_cells = table.set_index("perturbation")["n_cells"]
     enough = n_cells.index[n_cells >= 2]
     groups = [name for name in enough if name != CONTROL]
-    empty = pd.DataFrame({name: pd.Series(dtype=str if name in ("perturbation", "gene") else float) for name in _DE_COLUMNS})
+    empty = pd.DataFrame(
+        {name: pd.Series(dtype=str if name in ("perturbation", "gene") else float) for name in _DE_COLUMNS}
+    )
     if few := sorted(set(n_cells.index) - set(enough)):
         _logging.warning(f"too few cells for a test, so that no changed genes are known: {', '.join(few[:_SHOWN])}")
     if not groups or CONTROL not in enough:
@@ -246,7 +251,11 @@ def _de_genes(
         var=pd.DataFrame(index=np.arange(len(genes)).astype(str)),
         uns={"log1p": {"base": None}},
     )
-    sc.tl.rank_genes_groups(cells, "group", groups=groups, reference=CONTROL, rankby_abs=True, method="t-test", use_raw=False)
+    with warnings.catch_warnings():  # Scanpy adds its columns one by one
+        warnings.simplefilter("ignore", pd.errors.PerformanceWarning)
+        sc.tl.rank_genes_groups(
+            cells, "group", groups=groups, reference=CONTROL, rankby_abs=True, method="t-test", use_raw=False
+        )
     found = cells.uns["rank_genes_groups"]
     control = means.loc[CONTROL].to_numpy()
     columns = np.asarray(genes, dtype=str)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 GAMMA, DIRECTION = 2.0, 0.1
 # genes whose correlations are in memory at a time, times the number of genes
 _BLOCK_PAIRS = 1 << 24
+_ROUNDING = 1e-12
 _GENE_COLUMNS = ("gene", "symbol", "gene_name")
 _TERM_COLUMNS = ("term", "go_id", "go")
 
@@ -106,7 +107,7 @@ def coexpression_graph(
     Parameters
     ----------
     expression
-        Cells that are trained on by genes, sparse or dense.
+        Cells by genes, sparse or dense. The authors take the cells that are trained on and have one perturbed gene or none.
     neighbors
         Most edges that reach a gene, besides that from itself. Of equal ones, the first genes are taken.
     min_correlation
@@ -119,9 +120,10 @@ def coexpression_graph(
     matrix = sparse.csr_matrix(expression, dtype=np.float64)
     n_cells, n_genes = matrix.shape
     mean = np.asarray(matrix.mean(0)).ravel()
-    square = np.asarray(matrix.multiply(matrix).mean(0)).ravel()
-    spread = np.sqrt(np.clip(square - mean**2, 0, None))
-    varies = spread > 1e-12 * np.maximum(np.abs(mean), 1)
+    # from differences, so that rounding gives no gene that is constant a spread
+    squares = np.bincount(matrix.indices, (matrix.data - mean[matrix.indices]) ** 2, minlength=n_genes)
+    spread = np.sqrt((squares + (n_cells - matrix.getnnz(0)) * mean**2) / max(n_cells, 1))
+    varies = spread > _ROUNDING * np.maximum(np.abs(mean), 1)
     scale = np.divide(1.0, spread, out=np.zeros(n_genes), where=varies)
     transposed = matrix.T.tocsr()
     kept = min(neighbors + 1, n_genes)
@@ -181,7 +183,7 @@ def annotation_table(annotations: pd.DataFrame | Mapping[str, Iterable[str]] | s
     return table.drop_duplicates(ignore_index=True)
 
 
-def genes_of(table: pd.DataFrame) -> np.ndarray:
+def annotated_genes(table: pd.DataFrame) -> np.ndarray:
     """Names of the genes in the result of :func:`annotation_table`, sorted."""
     if "source" in table:
         return np.unique(np.concatenate([table["source"].to_numpy(str), table["target"].to_numpy(str)]))

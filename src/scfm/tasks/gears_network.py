@@ -146,17 +146,19 @@ class GraphConvolution(nn.Module):
             ).coalesce()
         return self._matrix
 
-    def spread(self, x: Tensor) -> Tensor:
-        """Weighted means of neighbours, for nodes ``(nodes, dim)`` or for each cell ``(cells, nodes, dim)``."""
+    def spread(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Weighted means of neighbours, for nodes ``(nodes, dim)``, or some of them, or each cell ``(cells, nodes, dim)``."""
         if x.ndim == 2:
-            return torch.sparse.mm(self.matrix(), x)
+            matrix = self.matrix() if rows is None else self.matrix().index_select(0, rows)
+            return torch.sparse.mm(matrix, x)
         flat = x.transpose(0, 1).reshape(self.n_nodes, -1)
         return torch.sparse.mm(self.matrix(), flat).view(self.n_nodes, len(x), -1).transpose(0, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve ``(nodes, dim)`` or ``(cells, nodes, dim)``."""
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Convolve ``(nodes, dim)`` or ``(cells, nodes, dim)``; only ``rows`` of the former, if given."""
         for i, layer in enumerate(self.layers):
-            x = layer(self.spread(x if i == 0 else F.relu(x)))
+            last = i == len(self.layers) - 1
+            x = layer(self.spread(x if i == 0 else F.relu(x), rows if last else None))
         return x
 
     def without_neighbors(self, x: Tensor) -> Tensor:
@@ -312,9 +314,9 @@ class GearsNetwork(nn.Module):
             x = self._rows(self.mix, x)
         return x.expand(n_cells, -1, -1)
 
-    def perturbation_vectors(self) -> Tensor:
-        """Vector of each gene that can be perturbed, after the graph, ``(n_perturbations, hidden)``."""
-        return self.go(self.perturbations())
+    def perturbation_vectors(self, numbers: Tensor | None = None) -> Tensor:
+        """Vectors of the genes that can be perturbed, after the graph, or of those with some numbers, ``(genes, hidden)``."""
+        return self.go(self.perturbations(), numbers)
 
     def effects(self, vectors: Tensor, perturbed: Tensor) -> Tensor:
         """What perturbations add to the state of every gene, ``(cells, hidden)``; zero for control cells.
@@ -324,7 +326,7 @@ class GearsNetwork(nn.Module):
         vectors
             Result of :meth:`perturbation_vectors`.
         perturbed
-            Numbers of the perturbed genes of each cell, filled with -1, ``(cells, most)``.
+            Rows of ``vectors`` that belong to each cell, filled with -1, ``(cells, most)``.
         """
         there = perturbed >= 0
         summed = (vectors[perturbed.clamp_min(0)] * there.unsqueeze(-1)).sum(1)
@@ -385,7 +387,10 @@ class GearsNetwork(nn.Module):
             As in :meth:`cell_states`.
         """
         before = self.cell_states(states, len(expression), first_cell_only=first_cell_only)
-        effects = self.effects(self.perturbation_vectors(), perturbed)
+        # few of the many genes that can be perturbed are in a mini-batch
+        numbers, rows = torch.unique(perturbed.clamp_min(0), return_inverse=True)
+        vectors = self.perturbation_vectors(numbers)
+        effects = self.effects(vectors, torch.where(perturbed >= 0, rows, NO_PERTURBATION))
         return self.respond(before, effects, perturbed, expression)
 
     @staticmethod

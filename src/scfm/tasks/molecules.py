@@ -20,9 +20,9 @@ ATOM_FEATURES, BOND_FEATURES = 62, 6
 MAX_DEGREE = 5
 # the last entry of each list stands for everything else, too
 _SYMBOLS = (
-    *("C", "N", "O", "S", "F", "Si", "P", "Cl", "Br", "Mg", "Na", "Ca", "Fe", "As", "Al", "I", "B", "V", "K", "Tl", "Yb"),
-    *("Sb", "Sn", "Ag", "Pd", "Co", "Se", "Ti", "Zn", "H", "Li", "Ge", "Cu", "Au", "Ni", "Cd", "In", "Mn", "Zr", "Cr"),
-    *("Pt", "Hg", "Pb", "Unknown"),
+    *("C", "N", "O", "S", "F", "Si", "P", "Cl", "Br", "Mg", "Na", "Ca", "Fe", "As", "Al", "I", "B", "V", "K", "Tl"),
+    *("Yb", "Sb", "Sn", "Ag", "Pd", "Co", "Se", "Ti", "Zn", "H", "Li", "Ge", "Cu", "Au", "Ni", "Cd", "In", "Mn", "Zr"),
+    *("Cr", "Pt", "Hg", "Pb", "Unknown"),
 )
 _HYDROGENS = 5
 _VALENCES = 6

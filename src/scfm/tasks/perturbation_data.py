@@ -14,7 +14,7 @@ from ..checkpoints._files import write_text
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     How = Literal["simulation", "single", "double"]
 
@@ -405,7 +405,9 @@ def _double_split(
         train = sorted(train)
     else:
         genes = sorted(set().union(*members.values()))
-        away = set(rng.choice(np.array(genes, dtype=object), max(1, round(len(genes) * (1 - gene_share))), replace=False))
+        away = set(
+            rng.choice(np.array(genes, dtype=object), max(1, round(len(genes) * (1 - gene_share))), replace=False)
+        )
         train = [label for label, some in members.items() if not some & away]
         known = set().union(*(members[label] for label in train)) if train else set()
         test = [label for label in pairs if members[label] & away and len(members[label] & known) == seen]

@@ -149,6 +149,14 @@ class CellFMBackbone(Backbone):
                 max_epochs=15,
                 objective={"entry": "mlp", "entry_hidden": 2 * hidden, "hidden": hidden, "positions": "none"},
             )
+        if task == "transport":
+            return FineTuning(
+                tokenize={"include_zeros": True, "unknown": "pad"},
+                optimization={"optimizer": "adam", "learning_rate": 1e-5},
+                batch_size=32,
+                max_epochs=100,
+                objective={"latent": 50, "hidden": 512, "potential": (512, 512, 512, 512)},
+            )
         return super().fine_tuning(task)
 
     def normalized_input(self, totals: np.ndarray | None = None) -> dict[str, Any]:

@@ -1,0 +1,972 @@
+"""Cells after a treatment, by optimal transport from control to treated cells."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from scvi import REGISTRY_KEYS
+from scvi.data import AnnDataManager
+from scvi.data._constants import _FIELD_REGISTRIES_KEY, _SETUP_ARGS_KEY, _STATE_REGISTRY_KEY
+from scvi.model.base import BaseModelClass
+from torch import nn
+from tqdm.auto import tqdm
+
+from .. import _logging, engine
+from .._settings import settings
+from ..backbones import Backbone, load
+from ..backbones._base import resolve_device
+from ..data import open_source
+from ..engine._options import options_for
+from ..genes import resolve_gene_names
+from ..metrics import transport_scores
+from ..tasks.panel_codec import CodecTraining, LinearCodec, PanelCodec, train_codec
+from ..tasks.transport import CodeScale, TransportMap, TransportTraining, start_from_identity, train_transport
+from ..train._adapters import changed
+from ._alignment import align
+from ._backbone import own_copy
+from ._fields import GENES_KEY, GeneField
+from ._label_field import label_column
+from ._perturbation_data import ExpressionRule
+from ._plain_saving import BACKBONE, open_model, save_model
+from ._regulatory_network import ExpressionField
+from ._saving import _device, _place
+from ._split_column import PARTS, parts_of
+from ._training import joined, seed_or_default
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from typing import Self
+
+    from scipy.sparse import csr_matrix
+    from torch import Tensor
+
+    from ..genes import GeneMatch
+
+    File = str | os.PathLike[str]
+
+_LATENT, _HIDDEN = 50, 512
+_POTENTIAL = (64, 64, 64, 64)
+_BLOCK = 512
+_FROZEN_RATE = 1e-3
+_SHOWN = 10
+# genes that are remembered for each treatment
+_MARKERS = 1000
+
+
+class ChemicalTransport(BaseModelClass):
+    """Expression of single cells after a treatment, although no cell is measured twice: CellOT on any embedding of cells.
+
+    Each cell gets a code from which its expression can be decoded. For each treatment two input-convex networks then learn how the
+    codes of control cells have to move, as little as possible, to look like those of treated cells. CellFM's variant takes the
+    code from its own embedding of a panel of genes.
+
+    Parameters
+    ----------
+    adata
+        Data that were set up with :meth:`setup_anndata`.
+    model
+        Model whose embedding of cells the code is made from: a name, a folder, or a model from :func:`scfm.load`, which is copied.
+    registry
+        Registry of such data, for a model without them.
+    use_rep
+        Slot of ``obsm`` to make the code from, instead of a model.
+    space
+        Without either, ``"pca"`` (principal components, which need no network) or ``"autoencoder"`` (the code is made from the
+        expression itself).
+    latent, hidden
+        Widths of the code and of the layer in front of it and behind it (CellFM and CellOT: codes of 50).
+    potential
+        Widths of the layers of the input-convex networks: by default four times 64 (CellOT), for CellFM four times 512.
+    fine_tune
+        Whether the model is trained along with its encoder and decoder, as the authors of CellFM do. By default its embeddings are
+        computed once and stay as they are, which takes a small part of the time.
+    pooling
+        Embedding of the model.
+    tokenize
+        Options of the model's tokenizer; by default as its authors do (CellFM sees all genes of the panel, zeros included).
+    device
+        Where to compute.
+    seed
+        Seed of the fresh weights; by default ``scvi.settings.seed``.
+
+    Attributes
+    ----------
+    perturbable
+        The treatments.
+    history
+        Losses of the codec and of each transport, a data frame for each.
+
+    Raises
+    ------
+    ValueError
+        If more than one source of embeddings is given, or no gene is known to the model.
+
+    References
+    ----------
+    Bunne et al., CellOT, Nature Methods 20, 1759 (2023); Zeng et al., CellFM, Nature Communications 16, 4679 (2025).
+
+    Examples
+    --------
+    >>> import scfm
+    >>> scfm.models.ChemicalTransport.setup_anndata(adata, "condition", control="control")  # doctest: +SKIP
+    >>> model = scfm.models.ChemicalTransport(adata, model="cellfm")  # doctest: +SKIP
+    >>> model.train()  # doctest: +SKIP
+    >>> model.predict("IFN-beta", controls)  # doctest: +SKIP
+    """
+
+    module: nn.ModuleDict
+
+    def __init__(
+        self,
+        adata: AnnData | None = None,
+        model: File | Backbone | None = None,
+        *,
+        registry: dict[str, Any] | None = None,
+        use_rep: str | None = None,
+        space: Literal["pca", "autoencoder"] | None = None,
+        latent: int | None = None,
+        hidden: int | None = None,
+        potential: Sequence[int] | None = None,
+        fine_tune: bool = False,
+        pooling: str | None = None,
+        tokenize: Mapping[str, Any] | None = None,
+        device: str = "auto",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(adata, registry)
+        if self.adata is None:
+            msg = "a transport starts from data; give adata=, or load a saved one"
+            raise ValueError(msg)
+        if sum(given is not None for given in (model, use_rep, space)) > 1:
+            msg = "model=, use_rep= and space= each say where the codes come from; give one of them"
+            raise ValueError(msg)
+        if space not in (None, "pca", "autoencoder"):
+            msg = f"space must be 'pca' or 'autoencoder'; got {space!r}"
+            raise ValueError(msg)
+        if fine_tune and model is None:
+            msg = "fine_tune=True trains a model along; give model="
+            raise ValueError(msg)
+        seed = seed_or_default(seed)
+        kind = "model" if model is not None else "obsm" if use_rep is not None else space or "pca"
+        self.backbone = None
+        defaults: dict[str, Any] = {"latent": _LATENT, "hidden": _HIDDEN, "potential": _POTENTIAL}
+        if model is not None:
+            self.backbone = (
+                own_copy(model, device=device)
+                if isinstance(model, Backbone)
+                else load(model, device=device, precision="float32")
+            )
+            self.backbone.require("embeds")
+            defaults |= dict(self.backbone.fine_tuning("transport").objective)
+        given = {"latent": latent, "hidden": hidden, "potential": potential}
+        sizes = defaults | {name: value for name, value in given.items() if value is not None}
+        self.init_params_ = {
+            "kwargs": {},
+            "non_kwargs": {
+                "space": kind,
+                "checkpoint": None if self.backbone is None else self.backbone.provenance.id,
+                "use_rep": use_rep,
+                "latent": int(sizes["latent"]),
+                "hidden": int(sizes["hidden"]),
+                "potential": [int(width) for width in sizes["potential"]],
+                "fine_tune": fine_tune,
+                "pooling": pooling,
+                "tokenize": dict(tokenize or {}),
+                "seed": seed,
+            },
+        }
+        labels = label_column(self.adata, self._arguments["perturbation_key"])
+        self._treatments = np.array(sorted(set(labels.dropna()) - {self._arguments["control"]}), dtype=object)
+        if kind == "model":
+            self._match().require_any(self.backbone.name)
+        codec = None if kind == "pca" else self._new_codec(self._dim(self.adata))
+        self._start(codec)
+        place = str(resolve_device(device)) if self.backbone is None else str(self.backbone.device)
+        self.to_device(place)
+
+    def _start(self, codec: nn.Module | None) -> None:
+        self.module = nn.ModuleDict({} if codec is None else {"codec": codec})
+        self.module["transports"] = nn.ModuleList()
+        self._learned: list[str] = []
+        # by how much each treatment shifts the mean code and the mean expression, for the baselines
+        self._shifts: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._marker_order: dict[str, np.ndarray] = {}
+        self.module.eval()
+
+    def _new_codec(self, dim: int) -> PanelCodec:
+        return PanelCodec(
+            dim, len(self.genes), self._made["latent"], hidden=self._made["hidden"], seed=self._made["seed"]
+        )
+
+    # -- data --------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def setup_anndata(
+        cls,
+        adata: AnnData,
+        perturbation_key: str,
+        control: str = "control",
+        split_key: str | None = None,
+        layer: str | None = None,
+        total_key: str | None = None,
+        gene_symbols: str | None = None,
+        gene_ids: str | None = None,
+        aliases: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Register control and treated cells; nothing but ``uns`` and ``obs`` is changed.
+
+        Parameters
+        ----------
+        adata
+            The cells.
+        perturbation_key
+            Column of ``obs`` with the treatment of each cell. Cells without one are left alone.
+        control
+            What stands there for untreated cells.
+        split_key
+            Column that says for each cell ``"train"``, ``"validation"`` or ``"test"``; to hold out a whole cell type, say
+            ``"test"`` for its cells.
+        layer
+            Layer with counts, which are normalised to 10,000 per cell and ``log1p``, or with values that are so already; by
+            default ``X``.
+        total_key
+            Column of ``obs`` with the counts of each cell before genes were chosen.
+        gene_symbols, gene_ids, aliases
+            As in :meth:`FoundationModel.setup_anndata`.
+        kwargs
+            What scvi-tools passes on when a setup is transferred.
+
+        Raises
+        ------
+        KeyError
+            If a layer or column does not exist.
+        ValueError
+            If there are no control or no treated cells, ``adata`` is a view, or values are missing or infinite.
+        """
+        setup_method_args = cls._get_setup_method_args(**locals())
+        there = set(label_column(adata, perturbation_key).dropna())
+        if control not in there or len(there) < 2:
+            what = f"no cells called {control!r}" if control not in there else "no treated cells"
+            msg = f"obs[{perturbation_key!r}] has {what}; it has {', '.join(sorted(there)[:_SHOWN]) or 'nothing'} (see control=)"
+            raise ValueError(msg)
+        for name in (split_key, total_key):
+            if name is not None and name not in adata.obs:
+                msg = f"obs has no column {name!r}; there are {', '.join(map(str, adata.obs.columns))}"
+                raise KeyError(msg)
+        manager = AnnDataManager(
+            fields=[ExpressionField(REGISTRY_KEYS.X_KEY, layer), GeneField(gene_symbols, gene_ids)],
+            setup_method_args=setup_method_args,
+        )
+        manager.register_fields(adata, **kwargs)
+        cls.register_manager(manager)
+
+    @property
+    def genes(self) -> np.ndarray:
+        """Names of the genes whose expression is predicted."""
+        return np.asarray(self._gene_state[GeneField.NAMES], dtype=object)
+
+    @property
+    def perturbable(self) -> pd.Index:
+        """Treatments whose effect can be predicted; before training, those of the data."""
+        return pd.Index(self._learned or self._treatments, name="perturbation")
+
+    @property
+    def _made(self) -> dict[str, Any]:
+        return self.init_params_["non_kwargs"]
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        return self.registry_[_SETUP_ARGS_KEY]
+
+    @property
+    def _gene_state(self) -> dict[str, Any]:
+        return self.registry_[_FIELD_REGISTRIES_KEY][GENES_KEY][_STATE_REGISTRY_KEY]
+
+    def _match(self) -> GeneMatch:
+        return align(self.backbone.vocab, {**self._gene_state, GeneField.MATCHED: {}}, self._arguments["aliases"])
+
+    def _expression(self, adata: AnnData) -> tuple[csr_matrix, np.ndarray | None]:
+        """Log-normalised expression of cells in the order of the genes, and their counts where they are known."""
+        names = resolve_gene_names(adata.var, self._arguments["gene_symbols"], self._arguments["gene_ids"]).symbols
+        index = pd.Index(np.asarray(names).astype(str))
+        wanted = self.genes.astype(str)
+        same = np.array_equal(index, wanted)
+        columns = index.get_indexer(wanted) if index.is_unique else np.full(len(wanted), -1)
+        if not same and ((columns < 0).any() or len(index) != len(wanted)):
+            missing = wanted[columns < 0]
+            what = f"they lack {', '.join(missing[:_SHOWN])}" if len(missing) else "they have others, too"
+            msg = f"the cells need the {len(wanted):,} genes of the model, but {what}; choose them with adata[:, model.genes]"
+            raise ValueError(msg)
+        rule = ExpressionRule(self._arguments["layer"] or "", self._arguments["total_key"] or "")
+        values, totals = rule.read(adata)
+        return values if same else values[:, columns].tocsr(), totals
+
+    # -- codes -------------------------------------------------------------------------------------------------------
+
+    def _dim(self, adata: AnnData) -> int:
+        """Width of what codes are made from."""
+        if self._made["space"] == "autoencoder":
+            return len(self.genes)
+        if self._made["space"] == "obsm":
+            return self._rep(adata).shape[1]
+        match = self._match()
+        pooling = self.backbone.check_pooling(self._made["pooling"])
+        return self.backbone.embedding_dim(pooling, **self.backbone.pooling_options(pooling, match))
+
+    def _rep(self, adata: AnnData) -> np.ndarray:
+        key = self._made["use_rep"]
+        if key not in adata.obsm:
+            msg = f"obsm has no slot {key!r}; there are {', '.join(map(str, adata.obsm)) or 'none'}"
+            raise KeyError(msg)
+        values = np.asarray(adata.obsm[key], dtype=np.float32)
+        if values.ndim != 2 or np.isinf(values).any():
+            msg = f"obsm[{key!r}] needs finite vectors of cells"
+            raise ValueError(msg)
+        return values
+
+    def _task(self, expression: csr_matrix, totals: np.ndarray | None, names: pd.Index) -> engine.Task:
+        """Cells for the engine, with the values that the network sees."""
+        cells = AnnData(expression, obs=pd.DataFrame(index=names), var=pd.DataFrame(index=self.genes.astype(str)))
+        options = dict(self.backbone.fine_tuning("transport").tokenize) | self.backbone.normalized_input(totals)
+        if "rng" in engine.accepted_options(self.backbone):
+            options["rng"] = self._made["seed"]
+        options |= self._made["tokenize"]
+        source = open_source(cells)
+        engine.check_options(self.backbone, options, source.n_obs)
+        return engine.Task(self.backbone, source, self._match(), options)
+
+    def _cells(self, adata: AnnData) -> tuple[Callable[[np.ndarray], Tensor], csr_matrix, np.ndarray]:
+        """What is known about cells, by their numbers; their expression; and whether anything is known."""
+        expression, totals = self._expression(adata)
+        space, known = self._made["space"], np.ones(adata.n_obs, dtype=bool)
+        if space in ("pca", "autoencoder"):
+            return lambda rows: self._tensor(expression[rows].toarray()), expression, known
+        if space == "obsm":
+            values = self._rep(adata)
+        else:
+            task = self._task(expression, totals, adata.obs_names)
+            if self._made["fine_tune"]:
+                matched = task.match.ids >= 0
+                known = np.asarray((expression[:, matched] > 0).sum(1)).ravel() > 0
+                return self._tokens_to_states(task, expression), expression, known
+            values = self._embeddings(task)
+        return lambda rows: self._tensor(values[rows]), expression, np.isfinite(values).all(1)
+
+    def _embeddings(self, task: engine.Task) -> np.ndarray:
+        pooling = self.backbone.check_pooling(self._made["pooling"])
+        options = self.backbone.pooling_options(pooling, task.match)
+        result = engine.run(
+            **task.inputs,
+            compute=lambda backbone, tokens: backbone.embed(tokens, pooling=pooling, **options),
+            shape=(self.backbone.embedding_dim(pooling, **options),),
+            task={"output": "cell embedding", "pooling": pooling},
+        )
+        return result.array
+
+    def _tokens_to_states(self, task: engine.Task, expression: csr_matrix) -> Callable[[np.ndarray], Tensor]:
+        backbone, match = self.backbone, task.match
+        pooling = backbone.check_pooling(self._made["pooling"])
+        extra = backbone.pooling_options(pooling, match)
+
+        def states(rows: np.ndarray) -> Tensor:
+            options = {
+                name: value[rows] if isinstance(value, np.ndarray) else value
+                for name, value in options_for(task.options, 0, expression.shape[0]).items()
+            }
+            return backbone.cell_states(backbone.tokenize(expression[rows], match, **options), pooling=pooling, **extra)
+
+        return states
+
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(self._place)
+
+    @torch.no_grad()
+    def _codes(self, cells: Callable[[np.ndarray], Tensor], rows: np.ndarray, size: int = _BLOCK) -> Tensor:
+        """Codes of cells, some at a time."""
+        parts = [self.module["codec"].encode(cells(rows[i : i + size])) for i in range(0, len(rows), size)]
+        return torch.cat(parts) if parts else torch.zeros(0, self._made["latent"], device=self._place)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        max_iter: int = 2000,
+        *,
+        codec_epochs: int | None = None,
+        codec_batch_size: int = 32,
+        codec_lr: float | None = None,
+        codec_patience: int | None = 10,
+        inner_iter: int = 10,
+        batch_size: int = 256,
+        lr: float = 1e-4,
+        penalty: float = 1.0,
+        check_every: int = 50,
+        patience: int | None = None,
+        standardize: bool = True,
+        start: Literal["identity", "random"] = "identity",
+        validation_size: float = 0.1,
+        test_size: float = 0.0,
+        accelerator: str = "auto",
+        device: int | str = "auto",
+        seed: int | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        """Train the codec, then a transport for each treatment; the same seed gives the same weights.
+
+        The best epoch of the codec and the best step of each transport are those with the best score of the validation cells. Cells
+        of ``"test"`` are never looked at (the authors of CellOT and CellFM choose the step by them).
+
+        Parameters
+        ----------
+        max_iter
+            Steps of each transport. CellOT and CellFM take 100,000, which takes hours on a processor; the default is for tens of
+            seconds to minutes.
+        codec_epochs, codec_batch_size, codec_lr, codec_patience
+            Training of the encoder and decoder, see :class:`scfm.tasks.panel_codec.CodecTraining`. By default up to 100 epochs, with
+            a learning rate of 1e-3, or that of the authors if the model is trained along. Principal components need none.
+        inner_iter, batch_size, lr, penalty, check_every, patience
+            See :class:`scfm.tasks.transport.TransportTraining`.
+        standardize
+            Whether codes are centred and divided by one number for the transport, which leaves the best transport as it is, but
+            makes short runs possible. The authors do not.
+        start
+            ``"identity"``, see :func:`scfm.tasks.transport.start_from_identity`, or ``"random"`` as published, which needs far more
+            steps.
+        validation_size, test_size
+            Shares of the cells of each treatment, if no column says what they are for. With a column without validation cells, the
+            share of its training cells.
+        accelerator, device
+            Where to compute.
+        seed
+            Seed of the division, the order, the draws and the dropout; by default ``scvi.settings.seed``.
+        progress
+            Whether to show progress bars; by default if ``scfm.settings.verbosity`` is at least 2.
+
+        Raises
+        ------
+        ValueError
+            If a number makes no sense, cells are missing, or a loss is no longer finite.
+        """
+        if self.adata is None:
+            msg = "the model was loaded without data; load it with adata="
+            raise ValueError(msg)
+        if start not in ("identity", "random"):
+            msg = f"start must be 'identity' or 'random'; got {start!r}"
+            raise ValueError(msg)
+        seed = seed_or_default(seed)
+        transport = TransportTraining(
+            max_iter, inner_iter, batch_size, lr, (0.5, 0.9), penalty, check_every, patience, seed
+        )
+        if codec_lr is None:
+            recipe = None if self.backbone is None else self.backbone.fine_tuning("transport").optimization
+            codec_lr = float(recipe.get("learning_rate", 1e-4)) if self._made["fine_tune"] else _FROZEN_RATE
+        codec = CodecTraining(
+            100 if codec_epochs is None else codec_epochs, codec_batch_size, codec_lr, codec_patience, seed
+        )
+        self.to_device(_device(accelerator, device))
+        cells, expression, known = self._cells(self.adata)
+        if not known.all():
+            _logging.warning(f"{int((~known).sum()):,} cells have no embedding and are left alone")
+        labels = label_column(self.adata, self._arguments["perturbation_key"]).fillna("").to_numpy(dtype=object)
+        labels[~known] = ""
+        parts = self._parts(labels, validation_size, test_size, seed)
+        rows = {part: np.flatnonzero(parts == part) for part in PARTS}
+        show = settings.verbosity >= 2 if progress is None else progress
+        self._train_codec(cells, expression, rows, codec, show)
+        self._train_transports(cells, labels, rows, transport, show, standardize=standardize, start=start)
+        self._measure_shifts(cells, expression, labels, rows["train"])
+        self.train_indices_, self.validation_indices_, self.test_indices_ = rows.values()
+        self.is_trained_ = True
+
+    def _parts(self, labels: np.ndarray, validation_size: float, test_size: float, seed: int) -> np.ndarray:
+        if min(validation_size, test_size) < 0 or validation_size + test_size >= 1:
+            msg = f"validation_size={validation_size} and test_size={test_size} are no shares that leave cells to train on"
+            raise ValueError(msg)
+        key = self._arguments["split_key"]
+        parts = np.full(len(labels), "train", dtype=object) if key is None else parts_of(self.adata, key)
+        parts[labels == ""] = ""
+        drawn = {"validation": validation_size, "test": test_size if key is None else 0.0}
+        if "validation" in set(parts):
+            drawn = {}
+        rng = np.random.default_rng(seed)
+        for name in sorted(set(labels) - {""}):
+            members = rng.permutation(np.flatnonzero((labels == name) & (parts == "train")))
+            for part, share in drawn.items():
+                n = round(share * len(members))
+                parts[members[:n]], members = part, members[n:]
+        return parts
+
+    def _train_codec(
+        self,
+        cells: Callable[[np.ndarray], Tensor],
+        expression: csr_matrix,
+        rows: Mapping[str, np.ndarray],
+        training: CodecTraining,
+        show: bool,
+    ) -> None:
+        if self._made["space"] == "pca":
+            self.module["codec"] = LinearCodec.fitted(expression[rows["train"]], self._made["latent"]).to(self._place)
+            return
+        start = _logging.info(f"training the encoder and decoder on {len(rows['train']):,} cells")
+        network = self.backbone.module if self._made["fine_tune"] else None
+        if network is not None:
+            network.requires_grad_(requires_grad=True)
+        epochs = train_codec(
+            self.module["codec"], cells, expression, rows["train"], rows["validation"], training, network=network
+        )
+        try:
+            table = list(tqdm(epochs, total=training.max_epochs, desc="codec", disable=not show, leave=False))
+        finally:
+            epochs.close()
+            self.module.eval()
+            if network is not None:
+                network.eval().requires_grad_(requires_grad=False)
+                changed(self.backbone)
+        history = pd.DataFrame(table).rename_axis("epoch").drop(columns="kept", errors="ignore")
+        self.history_ = joined(self.history_, {name: history[[name]] for name in history})
+        _logging.info("    finished", time=start)
+
+    def _train_transports(
+        self,
+        cells: Callable[[np.ndarray], Tensor],
+        labels: np.ndarray,
+        rows: Mapping[str, np.ndarray],
+        training: TransportTraining,
+        show: bool,
+        *,
+        standardize: bool,
+        start: str,
+    ) -> None:
+        codes = {part: (self._codes(cells, rows[part]), labels[rows[part]]) for part in ("train", "validation")}
+        dim = codes["train"][0].shape[1]
+        units = CodeScale.of(codes["train"][0]) if standardize else CodeScale(torch.zeros(dim), torch.ones(()))
+        self.module["units"] = units.to(self._place)
+        codes = {part: (units(values), names) for part, (values, names) in codes.items()}
+
+        def of(part: str, name: str) -> Tensor:
+            values, names = codes[part]
+            return values[torch.from_numpy(np.flatnonzero(names == name)).to(values.device)]
+
+        control = self._arguments["control"]
+        self.module["transports"], self._learned = nn.ModuleList(), []
+        for number, name in enumerate(self._treatments):
+            source, target = of("train", control), of("train", name)
+            if not len(target):
+                _logging.warning(f"no cell of {name!r} is trained on; its effect cannot be predicted")
+                continue
+            held_out = of("validation", control), of("validation", name)
+            if not all(map(len, held_out)):
+                _logging.warning(f"no cells of {name!r} or no controls to validate on; the last step counts")
+                held_out = None
+            begun = _logging.info(f"moving {len(source):,} control cells to {len(target):,} cells of {name!r}")
+            transport = TransportMap(dim, self._made["potential"], seed=self._made["seed"] + number).to(self._place)
+            if start == "identity":
+                both = torch.cat([source, target])
+                start_from_identity(transport, both, batch_size=training.batch_size, seed=training.seed)
+            steps = train_transport(transport, source, target, training, held_out=held_out)
+            try:
+                n_rows = -(-training.max_iter // training.check_every)
+                table = list(tqdm(steps, total=n_rows, desc=str(name), disable=not show, leave=False))
+            finally:
+                steps.close()
+            transport.eval().requires_grad_(requires_grad=False)
+            self.module["transports"].append(transport)
+            self._learned.append(str(name))
+            history = pd.DataFrame(table).set_index("iteration").drop(columns="kept", errors="ignore")
+            self.history_ = dict(self.history_ or {}) | {f"{column}_{name}": history[[column]] for column in history}
+            _logging.info("    finished", time=begun)
+        if not self._learned:
+            msg = "no treatment has cells to train on; look at split_key="
+            raise ValueError(msg)
+
+    def _measure_shifts(
+        self, cells: Callable[[np.ndarray], Tensor], expression: csr_matrix, labels: np.ndarray, train: np.ndarray
+    ) -> None:
+        """What the baselines need: by how much the mean code and the mean expression change."""
+        means = {}
+        for name in (self._arguments["control"], *self._learned):
+            members = train[labels[train] == name]
+            code = self._codes(cells, members).double().mean(0).cpu().numpy()
+            means[name] = code, np.asarray(expression[members].mean(0), dtype=np.float64).ravel()
+        base = means[self._arguments["control"]]
+        self._marker_order = self._ranked(expression[train], labels[train])
+        self._shifts = {
+            name: tuple(np.float32(after - before) for after, before in zip(means[name], base, strict=True))
+            for name in self._learned
+        }
+
+    def _ranked(self, expression: csr_matrix, labels: np.ndarray) -> dict[str, np.ndarray]:
+        """Positions of the genes that each treatment changes most, by scanpy's t-test against the controls."""
+        from scanpy.tools import rank_genes_groups
+
+        control = self._arguments["control"]
+        used = np.flatnonzero(np.isin(labels, [control, *self._learned]))
+        cells = AnnData(
+            expression[used],
+            obs=pd.DataFrame({"treatment": pd.Categorical(labels[used])}, index=used.astype(str)),
+            var=pd.DataFrame(index=np.arange(expression.shape[1]).astype(str)),
+        )
+        cells.uns["log1p"] = {"base": None}
+        found = {}
+        for name in self._learned:
+            if (labels == name).sum() < 2 or (labels == control).sum() < 2:
+                found[name] = np.zeros(0, dtype=np.int64)
+                continue
+            rank_genes_groups(
+                cells, "treatment", groups=[name], reference=control, method="t-test", rankby_abs=True, n_genes=_MARKERS
+            )
+            found[name] = cells.uns["rank_genes_groups"]["names"][name].astype(np.int64)
+        return found
+
+    # -- what it gives -----------------------------------------------------------------------------------------------
+
+    def _ready(self) -> None:
+        if not self.is_trained_:
+            msg = "the transport is not trained; call train() first"
+            raise RuntimeError(msg)
+
+    def _number(self, name: str) -> int:
+        if name not in self._learned:
+            msg = f"the model has not learned the treatment {name!r}; it knows {', '.join(self._learned)}"
+            raise ValueError(msg)
+        return self._learned.index(name)
+
+    def _controls(self, control: AnnData | None) -> AnnData:
+        if control is not None:
+            return control
+        if self.adata is None:
+            msg = "the model was loaded without data; give control cells with control="
+            raise ValueError(msg)
+        labels = label_column(self.adata, self._arguments["perturbation_key"])
+        return self.adata[(labels == self._arguments["control"]).to_numpy()]
+
+    def get_latent_representation(
+        self, adata: AnnData | None = None, perturbation: str | None = None, *, batch_size: int = _BLOCK
+    ) -> np.ndarray:
+        """Codes of cells.
+
+        Parameters
+        ----------
+        adata
+            Cells with the genes of the model, in any order; by default those it was trained with.
+        perturbation
+            A treatment to move the cells by.
+        batch_size
+            Cells at a time.
+
+        Returns
+        -------
+        Codes, float32, ``(cells, latent)``; NaN for cells without any gene that the model knows.
+        """
+        self._ready()
+        number = None if perturbation is None else self._number(perturbation)
+        adata = self._own(adata)
+        cells, _, known = self._cells(adata)
+        rows = np.flatnonzero(known)
+        codes = self._codes(cells, rows, batch_size)
+        if number is not None:
+            codes = self._moved(number, codes, batch_size)
+        out = np.full((adata.n_obs, codes.shape[1]), np.nan, dtype=np.float32)
+        out[rows] = codes.cpu().numpy()
+        return out
+
+    def _own(self, adata: AnnData | None) -> AnnData:
+        if adata is None and self.adata is None:
+            msg = "the model was loaded without data; give adata="
+            raise ValueError(msg)
+        return self.adata if adata is None else adata
+
+    def _moved(self, number: int, codes: Tensor, size: int) -> Tensor:
+        transport, units = self.module["transports"][number], self.module["units"]
+        parts = [units.back(transport(units(codes[i : i + size]))) for i in range(0, len(codes), size)]
+        return torch.cat(parts) if parts else codes
+
+    @torch.no_grad()
+    def iter_predictions(
+        self,
+        perturbations: str | Sequence[str],
+        control: AnnData | None = None,
+        batch_size: int | None = None,
+    ) -> Iterator[tuple[str, slice, np.ndarray]]:
+        """Predicted expression after treatments, some cells at a time.
+
+        Parameters
+        ----------
+        perturbations
+            Treatments.
+        control
+            Cells to treat, with the genes of the model; by default the control cells of the data.
+        batch_size
+            Cells at a time.
+
+        Yields
+        ------
+        Treatment, rows and predicted log-normalised expression (float32, ``(rows, genes)``, genes in the order of ``control``) of
+        one block after the other. A row depends on its own cell alone; cells without any gene that the model knows have NaN.
+
+        Raises
+        ------
+        ValueError
+            If a treatment was not learned, or the cells have other genes.
+        """
+        self._ready()
+        names = [perturbations] if isinstance(perturbations, str) else [str(name) for name in perturbations]
+        numbers = [self._number(name) for name in names]
+        adata = self._controls(control)
+        size = batch_size or _BLOCK
+        cells, _, known = self._cells(adata)
+        columns = self._columns_of(adata)
+        rows = np.flatnonzero(known)
+        codes = self._codes(cells, rows, size)
+        place = np.cumsum(known) - 1
+        for name, number in zip(names, numbers, strict=True):
+            for start in range(0, adata.n_obs, size):
+                block = slice(start, min(start + size, adata.n_obs))
+                there = known[block]
+                out = np.full((len(there), len(self.genes)), np.nan, dtype=np.float32)
+                if there.any():
+                    some = codes[torch.from_numpy(place[block][there]).to(codes.device)]
+                    values = self.module["codec"].decode(self._moved(number, some, size))
+                    out[np.ix_(there, columns)] = values.cpu().numpy()
+                yield name, block, out
+
+    def _columns_of(self, adata: AnnData) -> np.ndarray:
+        """Where each gene of the model is in data."""
+        names = resolve_gene_names(adata.var, self._arguments["gene_symbols"], self._arguments["gene_ids"]).symbols
+        names, wanted = np.asarray(names).astype(str), self.genes.astype(str)
+        return np.arange(len(wanted)) if np.array_equal(names, wanted) else pd.Index(names).get_indexer(wanted)
+
+    def predict(
+        self, perturbation: str, control: AnnData | None = None, *, batch_size: int | None = None
+    ) -> np.ndarray:
+        """Predicted expression of cells after one treatment.
+
+        Parameters
+        ----------
+        perturbation, control, batch_size
+            As in :meth:`iter_predictions`.
+
+        Returns
+        -------
+        Log-normalised expression, float32, ``(cells, genes)``, in the order of the cells and genes of ``control``.
+        """
+        blocks = [block for _, _, block in self.iter_predictions(perturbation, control, batch_size)]
+        return np.concatenate(blocks) if blocks else np.zeros((0, len(self.genes)), dtype=np.float32)
+
+    def evaluate(
+        self,
+        adata: AnnData | None = None,
+        *,
+        perturbations: Sequence[str] | None = None,
+        n_markers: int = 50,
+        groupby: str | None = None,
+    ) -> pd.DataFrame:
+        """Compare predictions with treated cells that were not trained on, beside what needs no transport.
+
+        Parameters
+        ----------
+        adata
+            Control and treated cells to test on; by default those that the split sets aside.
+        perturbations
+            Treatments; by default all.
+        n_markers
+            Number of the genes that the treatment changes most, found in the cells that were trained on.
+        groupby
+            Column of ``obs``, such as the cell type, to compare within each of its groups.
+
+        Returns
+        -------
+        Tidy table with the columns ``perturbation``, ``group``, ``method``, ``genes``, ``n_control``, ``n_treated`` and the scores
+        of :func:`scfm.metrics.transport_scores`. Methods are ``"transport"``; ``"latent shift"``, which moves all codes alike
+        (scGen); ``"mean shift"``, which adds the mean change of expression; ``"no change"``; and ``"decoded truth"``, the treated
+        cells after encoder and decoder, which no method with this codec can expect to beat.
+
+        Raises
+        ------
+        ValueError
+            If there are no cells to test on.
+        """
+        self._ready()
+        given = adata is not None
+        adata = self._own(adata)
+        rows = np.arange(adata.n_obs) if given else self.test_indices_
+        if rows is None or not len(rows):
+            msg = "no cells are set aside to test on; name a column with split_key=, use test_size=, or give adata="
+            raise ValueError(msg)
+        adata = adata[rows]
+        labels = label_column(adata, self._arguments["perturbation_key"]).fillna("").to_numpy(dtype=object)
+        groups = (
+            np.full(adata.n_obs, "all", dtype=object)
+            if groupby is None
+            else label_column(adata, groupby).fillna("").to_numpy()
+        )
+        cells, expression, known = self._cells(adata)
+        control = self._arguments["control"]
+        table = []
+        for name in self._learned if perturbations is None else perturbations:
+            number = self._number(name)
+            markers = self._marker_order[name][:n_markers]
+            for group in sorted(set(groups) - {""}):
+                inside = (groups == group) & known
+                before, after = (np.flatnonzero(inside & (labels == which)) for which in (control, name))
+                if not len(before) or not len(after):
+                    continue
+                predicted = self._methods(number, cells, expression, before, after)
+                observed = expression[after].toarray()
+                for method, values in predicted.items():
+                    for what, chosen in (("all", None), (f"top {len(markers)}", markers)):
+                        if chosen is not None and not len(chosen):
+                            continue
+                        scores = transport_scores(observed, values, genes=chosen)
+                        table.append((name, group, method, what, len(before), len(after), *scores.values()))
+        if not table:
+            msg = "the cells to test on hold no control and treated cells of one group"
+            raise ValueError(msg)
+        columns = ["perturbation", "group", "method", "genes", "n_control", "n_treated", "l2", "Pearson", "MMD"]
+        return pd.DataFrame(table, columns=columns)
+
+    @torch.no_grad()
+    def _methods(
+        self,
+        number: int,
+        cells: Callable[[np.ndarray], Tensor],
+        expression: csr_matrix,
+        before: np.ndarray,
+        after: np.ndarray,
+    ) -> dict[str, np.ndarray]:
+        """Predicted cells by method."""
+        codec, codes = self.module["codec"], self._codes(cells, before)
+        code_shift, shift = self._shifts[self._learned[number]]
+        unchanged = expression[before].toarray()
+        decoded = {
+            "transport": self._moved(number, codes, _BLOCK),
+            "latent shift": codes + self._tensor(code_shift),
+            "decoded truth": self._codes(cells, after),
+        }
+        out = {method: codec.decode(values).cpu().numpy() for method, values in decoded.items()}
+        truth = out.pop("decoded truth")
+        return out | {"mean shift": np.maximum(unchanged + shift, 0), "no change": unchanged, "decoded truth": truth}
+
+    # -- saving ------------------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        dir_path: File,
+        prefix: str | None = None,
+        overwrite: bool = False,
+        save_anndata: bool = False,
+        **anndata_write_kwargs: Any,
+    ) -> None:
+        """Save the model to a directory, as JSON and safetensors, the foundation model included.
+
+        Parameters
+        ----------
+        dir_path, prefix, overwrite, save_anndata, anndata_write_kwargs
+            As in :meth:`FoundationModel.save`.
+
+        Raises
+        ------
+        FileExistsError
+            If the directory exists and may not be replaced.
+        RuntimeError
+            If the model is not trained.
+        ValueError
+            If ``save_anndata`` is set for a model without data.
+        """
+        self._ready()
+        state = {
+            "treatments": self._treatments.astype(str),
+            "learned": self._learned,
+            "shifts": {name: list(values) for name, values in self._shifts.items()},
+            "markers": self._marker_order,
+        }
+        save_model(
+            self,
+            dir_path,
+            prefix,
+            state=state,
+            tensors=self.module.state_dict(),
+            backbone=self.backbone,
+            overwrite=overwrite,
+            save_anndata=save_anndata,
+            **anndata_write_kwargs,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        dir_path: File,
+        adata: AnnData | bool | None = None,
+        accelerator: str = "auto",
+        device: int | str = "auto",
+        prefix: str | None = None,
+    ) -> Self:
+        """Load a saved model.
+
+        Parameters
+        ----------
+        dir_path
+            The directory.
+        adata
+            Data to go on with, which need the same genes in the same order; by default those saved with the model, if any;
+            ``False`` for none.
+        accelerator, device, prefix
+            As in :meth:`FoundationModel.load`.
+
+        Raises
+        ------
+        CheckpointError
+            If a file is damaged or missing.
+        ValueError
+            If it is a model of another class, or the data have other genes.
+        """
+        model, state, tensors = open_model(cls, dir_path, adata, prefix)
+        where = _device(accelerator, device)
+        model._treatments = state["treatments"].astype(object)
+        model.backbone = None
+        if model._made["checkpoint"] is not None:
+            model.backbone = load(_place(dir_path, prefix) / BACKBONE, device=where, precision="float32")
+        if model._made["space"] == "pca":
+            codec: nn.Module = LinearCodec(tensors["codec.mean"], tensors["codec.components"])
+            width = len(tensors["codec.components"])
+        else:
+            codec = model._new_codec(tensors["codec.encoder.0.weight"].shape[1])
+            width = model._made["latent"]
+        model._start(codec)
+        model.module["units"] = CodeScale(tensors["units.centre"], tensors["units.scale"])
+        model._learned = list(state["learned"])
+        for _ in model._learned:
+            model.module["transports"].append(TransportMap(width, model._made["potential"]))
+        model.module.load_state_dict(tensors)
+        model.module.eval().requires_grad_(requires_grad=False)
+        model._shifts = {name: tuple(np.float32(part) for part in parts) for name, parts in state["shifts"].items()}
+        model._marker_order = dict(state["markers"])
+        model.to_device(where)
+        return model
+
+    def to_device(self, device: str | int) -> None:
+        """Move the networks and the foundation model, in place."""
+        self._place = resolve_device(str(device))
+        if self.backbone is not None:
+            self.backbone.to(str(self._place), "float32")
+        self.module.to(self._place)
+
+    # -- looks -------------------------------------------------------------------------------------------------------
+
+    @property
+    def summary_string(self) -> str:
+        """What the model is, in a few lines."""
+        made = self._made
+        origin = {"model": made["checkpoint"], "obsm": f"obsm[{made['use_rep']!r}]"}.get(made["space"], made["space"])
+        return (
+            f"{type(self).__name__} with the following parameters:\n"
+            f"codes of {made['latent']} from {origin}, {len(self.genes):,} genes, {len(self.perturbable)} treatments, "
+            f"potentials of {'-'.join(map(str, made['potential']))}\n"
+            f"Training status: {'Trained' if self.is_trained_ else 'Not Trained'}"
+        )

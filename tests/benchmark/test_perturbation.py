@@ -128,6 +128,17 @@ def test_wrong_input(cells, options, message):
         benchmark.perturbation(cells, **{"split": SPLIT} | options)
 
 
+def test_split_of_the_model(cells):
+    learner = Learner()
+    learner.split = SPLIT
+    table = benchmark.perturbation(cells, {"learner": learner}, baselines=[], by="condition", ceiling=False)
+    assert set(table["held_out"]) == set(SPLIT.test)
+    with pytest.raises(ValueError, match=r"learner was trained on A\+C"):
+        benchmark.perturbation(
+            cells, {"learner": learner}, split=PerturbationSplit(["A", "B"], [], ["A+C"]), baselines=[]
+        )
+
+
 def test_no_such_baseline(cells):
     with pytest.raises(ValueError, match="no baseline 'other'"):
         benchmark.perturbation_baseline(cells, "other")

@@ -36,17 +36,17 @@ def signatures(seed: int = 0) -> anndata.AnnData:
     return anndata.AnnData(values.astype(np.float32), obs=obs, var=pd.DataFrame(index=GENES))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def adata():
     data = signatures()
     ChemicalPerturbation.setup_anndata(data, dose_key="dose", cell_line_key="line", split_key="split")
     return data
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def trained(adata):
     model = ChemicalPerturbation(adata, network=SMALL, seed=1)
-    model.train(max_epochs=6, batch_size=8, lr=1e-2, progress=False)
+    model.train(max_epochs=3, batch_size=8, lr=2e-2, progress=False)
     return model
 
 
@@ -83,12 +83,12 @@ def test_trains_on_the_split_and_predicts_anything(adata, trained, tmp_path):
     with pytest.raises(FileExistsError):
         trained.save(tmp_path / "drugs")
     with pytest.raises(ValueError, match="other genes"):
-        ChemicalPerturbation.load(tmp_path / "drugs", adata[:, ::-1].copy())
+        ChemicalPerturbation.load(tmp_path / "drugs", signatures()[:, ::-1].copy())
 
 
 def test_the_same_seed_gives_the_same_model(adata, trained):
     again = ChemicalPerturbation(adata, network=SMALL, seed=1)
-    again.train(max_epochs=6, batch_size=8, lr=1e-2, progress=False)
+    again.train(max_epochs=3, batch_size=8, lr=2e-2, progress=False)
     np.testing.assert_array_equal(again.predict(), trained.predict())
 
 
@@ -142,7 +142,7 @@ def test_errors(adata, trained):
     with pytest.raises(ValueError, match="preset must be"):
         trained.train(preset="best")
     with pytest.raises(KeyError, match="no column 'molecule'"):
-        ChemicalPerturbation.setup_anndata(adata, smiles_key="molecule")
+        ChemicalPerturbation.setup_anndata(signatures(), smiles_key="molecule")
     with pytest.raises(ValueError, match="none of the genes has a vector"):
         ChemicalPerturbation(adata, gene_vectors=pd.DataFrame(np.ones((2, 3)), index=["X1", "X2"]))
     bad = signatures()

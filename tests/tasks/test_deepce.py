@@ -125,7 +125,7 @@ def test_order_of_genes_does_not_matter():
 
 def test_training_learns_chooses_and_repeats():
     samples, rows = some_samples(), np.arange(24)
-    options = DeepCETraining(max_epochs=25, batch_size=8, lr=5e-3, seed=2, monitor="RMSE")
+    options = DeepCETraining(max_epochs=8, batch_size=8, lr=2e-2, seed=2, monitor="RMSE")
     state = torch.random.get_rng_state()
     runs = []
     for _ in range(2):
@@ -137,7 +137,7 @@ def test_training_learns_chooses_and_repeats():
     assert all(
         torch.equal(a, b) for a, b in zip(network.state_dict().values(), again.state_dict().values(), strict=True)
     )
-    assert history[-1]["train_loss_epoch"] < 0.5 * history[0]["train_loss_epoch"]
+    assert history[-1]["train_loss_epoch"] < 0.9 * history[0]["train_loss_epoch"]
     best = min(row["RMSE_validation"] for row in history)
     predicted = predict_deepce(network.eval(), samples, rows[16:])
     assert np.sqrt(np.mean((predicted - samples.values[16:]) ** 2)) == pytest.approx(best, rel=1e-5)

@@ -144,6 +144,27 @@ def test_real_predictor_from_a_baseline(cells):
     assert np.corrcoef(found, expected)[0, 1] > 0.99
 
 
+def test_the_real_class(cells, tmp_path):
+    from scfm.models import GeneticPerturbation
+
+    adata = cells.copy()
+    GeneticPerturbation.setup_anndata(adata)
+    model = GeneticPerturbation(
+        adata, network={"hidden": 8}, split={"train": ["A", "B", "C", "A+B"]}, seed=0, device="cpu"
+    )
+    controls = adata[adata.obs["scfm_perturbation"] == "ctrl"].copy()
+    order = np.random.default_rng(0).permutation(controls.n_obs)[:20]
+    some = controls[order].copy()
+    tl.perturb(controls, ["A+C", "B"], model, batch_size=7)
+    model.save(tmp_path / "model")
+    tl.perturb(some, ["A+C", "B"], tmp_path / "model")
+    for name in ("perturbed_A+C", "perturbed_B"):
+        assert np.isfinite(some.layers[name]).all()
+        np.testing.assert_allclose(some.layers[name], controls.layers[name][order], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="cannot perturb D"):
+        tl.perturb(controls, "D", model)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -77,9 +77,9 @@ def perturbation(
         Annotated data after :func:`scfm.pp.perturbation_setup`. It is not changed.
     models
         For each name: a trained :class:`scfm.models.GeneticPerturbation` or its folder, one of them for each seed, or a function
-        that trains one from ``(data, split, seed)``. They must have been trained on ``split``.
+        that trains one from ``(data, split, seed)``. They must not have been trained on what is tested.
     split
-        Which perturbations are tested on; by default the one of GEARS with seed 1. Splits that hold out cell types test on the
+        Which perturbations are tested on; by default that of the first model, without models the one of GEARS with seed 1. Splits that hold out cell types test on the
         trained perturbations in cells of these types; the setup then needs ``cell_type_key``.
     baselines
         ``"no_change"``, ``"perturbed_mean"``, ``"matching_mean"``, ``"additive"``, ``"ridge_pca"`` and ``"ridge_random"`` (the
@@ -109,7 +109,8 @@ def perturbation(
     Raises
     ------
     ValueError
-        If the data are not prepared, no test perturbation has cells, or a baseline or option is unknown.
+        If the data are not prepared, no test perturbation has cells, a model was trained on one, or a baseline or option is
+        unknown.
 
     References
     ----------
@@ -134,7 +135,7 @@ def perturbation(
         msg = f"there is no baseline {', '.join(map(repr, unknown))}; choose among {', '.join(_BASELINES)}"
         raise ValueError(msg)
     if split is None:
-        split = split_perturbations(Measured.of(adata).means.index)
+        split = _default_split(adata, models or {})
     bench = _Bench.of(adata, split, n_cells, by)
     start = _logging.info(f"comparing predictions of {len(bench.names):,} perturbations")
     rows: list[tuple[Any, ...]] = []
@@ -155,6 +156,8 @@ def perturbation(
                     raise ValueError(str(error)) from None
                 _logging.info(f"    {name} is left out: {error}")
                 continue
+            if not split.held_out_cell_types:
+                _check_unseen(name, one, bench.names)
             rows += bench.scored((_TASK, kind, name, ""), seed, *bench.predicted(one, draw, batch_size, kind), draw)
         if ceiling:
             rows += bench.ceiling((_TASK, "ceiling", _CEILING, ""), seed)
@@ -206,6 +209,27 @@ def perturbation_baseline(
 
 class _NoVectorsError(ValueError):
     """No perturbed gene has a vector."""
+
+
+def _default_split(adata: AnnData, models: Mapping[str, Any]) -> PerturbationSplit:
+    """That of the first model, else the one of GEARS for the spelling of the data."""
+    for model in models.values():
+        for one in model if isinstance(model, (list, tuple)) else [model]:
+            if isinstance(getattr(one, "split", None), PerturbationSplit):
+                return one.split
+    record = adata.uns[_keys.PERTURBATION]
+    table = record["labels"]
+    table = table[table["perturbation"].astype(str) != CONTROL]
+    known = {gene for name in table["perturbation"].astype(str) for gene in genes_of(name)}
+    return split_perturbations(table["label"].astype(str), control=record["params"].get("controls"), known=known)
+
+
+def _check_unseen(name: str, model: ResponseModel, tested: Sequence[str]) -> None:
+    """Raise ``ValueError`` if a model says that it was trained on what is tested."""
+    split = getattr(model, "split", None)
+    if isinstance(split, PerturbationSplit) and (seen := {*split.train, *split.validation} & set(tested)):
+        msg = f"{name} was trained on {', '.join(sorted(seen)[:10])}, which are tested; give the split that it was trained on"
+        raise ValueError(msg)
 
 
 def _label(name: str) -> str:

@@ -410,6 +410,7 @@ class ChemicalTransport(BaseModelClass):
         patience: int | None = None,
         standardize: bool = True,
         start: Literal["identity", "random"] = "identity",
+        start_steps: int = 200,
         validation_size: float = 0.1,
         test_size: float = 0.0,
         accelerator: str = "auto",
@@ -435,9 +436,9 @@ class ChemicalTransport(BaseModelClass):
         standardize
             Whether codes are centred and divided by one number for the transport, which leaves the best transport as it is, but
             makes short runs possible. The authors do not.
-        start
-            ``"identity"``, see :func:`scfm.tasks.transport.start_from_identity`, or ``"random"`` as published, which needs far more
-            steps.
+        start, start_steps
+            ``"identity"``, see :func:`scfm.tasks.transport.start_from_identity`, and its number of steps, or ``"random"`` as
+            published, which needs far more steps of the transport.
         validation_size, test_size
             Shares of the cells of each treatment, if no column says what they are for. With a column without validation cells, the
             share of its training cells.
@@ -479,7 +480,15 @@ class ChemicalTransport(BaseModelClass):
         rows = {part: np.flatnonzero(parts == part) for part in PARTS}
         show = settings.verbosity >= 2 if progress is None else progress
         self._train_codec(cells, expression, rows, codec, show)
-        self._train_transports(cells, labels, rows, transport, show, standardize=standardize, start=start)
+        self._train_transports(
+            cells,
+            labels,
+            rows,
+            transport,
+            show,
+            standardize=standardize,
+            start_steps=start_steps if start == "identity" else 0,
+        )
         self._measure_shifts(cells, expression, labels, rows["train"])
         self.train_indices_, self.validation_indices_, self.test_indices_ = rows.values()
         self.is_trained_ = True
@@ -496,10 +505,10 @@ class ChemicalTransport(BaseModelClass):
             drawn = {}
         rng = np.random.default_rng(seed)
         for name in sorted(set(labels) - {""}):
-            members = rng.permutation(np.flatnonzero((labels == name) & (parts == "train")))
+            left = members = rng.permutation(np.flatnonzero((labels == name) & (parts == "train")))
             for part, share in drawn.items():
                 n = round(share * len(members))
-                parts[members[:n]], members = part, members[n:]
+                parts[left[:n]], left = part, left[n:]
         return parts
 
     def _train_codec(
@@ -541,7 +550,7 @@ class ChemicalTransport(BaseModelClass):
         show: bool,
         *,
         standardize: bool,
-        start: str,
+        start_steps: int,
     ) -> None:
         codes = {part: (self._codes(cells, rows[part]), labels[rows[part]]) for part in ("train", "validation")}
         dim = codes["train"][0].shape[1]
@@ -566,9 +575,13 @@ class ChemicalTransport(BaseModelClass):
                 held_out = None
             begun = _logging.info(f"moving {len(source):,} control cells to {len(target):,} cells of {name!r}")
             transport = TransportMap(dim, self._made["potential"], seed=self._made["seed"] + number).to(self._place)
-            if start == "identity":
-                both = torch.cat([source, target])
-                start_from_identity(transport, both, batch_size=training.batch_size, seed=training.seed)
+            start_from_identity(
+                transport,
+                torch.cat([source, target]),
+                n_steps=start_steps,
+                batch_size=training.batch_size,
+                seed=training.seed,
+            )
             steps = train_transport(transport, source, target, training, held_out=held_out)
             try:
                 n_rows = -(-training.max_iter // training.check_every)

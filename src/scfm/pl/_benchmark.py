@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-_COLORS = {"model": "C0", "baseline": "C1", "random weights": "0.55", "control": "0.75"}
+_COLORS = {"model": "C0", "baseline": "C1", "ceiling": "C2", "random weights": "0.55", "control": "0.75"}
 _MOST_PANELS = 3
 _ROW = 0.27
 

@@ -33,7 +33,7 @@ def genetic_interactions(
     control: AnnData | None = None,
     n_cells: int = 300,
     genes: Sequence[str] | None = None,
-    min_mean: float = 0.0,
+    min_mean: float = 0.1,
     n_de_genes: int = 50,
     n_calls: int = 15,
     key_added: str = _keys.INTERACTIONS,
@@ -64,9 +64,10 @@ def genetic_interactions(
     n_cells
         At most so many of them, drawn at random.
     genes
-        Genes for the robust fit; by default all. GEARS uses 2,967 with many counts.
+        Genes for the robust fit; by default all with ``min_mean``. GEARS uses 2,967 with many counts.
     min_mean
-        Leave genes with a smaller mean in control cells out of the robust fit.
+        Leave genes with a smaller mean in control cells out of the robust fit. Genes that hardly any cell expresses draw it to
+        zero: where they are the most, the magnitudes of all pairs vanish.
     n_de_genes
         At most so many genes that change most for least squares, as far as :func:`scfm.pp.perturbation_setup` kept them
         (``n_de_genes=50`` there, for the published form); all genes for pairs that are not measured.

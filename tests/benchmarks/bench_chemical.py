@@ -1,6 +1,6 @@
 """Chemical perturbations: signatures of drugs that were never seen, and single cells after a treatment, beside baselines.
 
-    python tests/benchmarks/bench_chemical.py FOLDER [--task signatures transport] [--models scgpt-mini ...] [--epochs 30]
+    python tests/benchmarks/bench_chemical.py FOLDER [--task signatures transport] [--models scgpt-mini ...] [--epochs 10]
 
 FOLDER holds ``tables/l1000/l1000_A375_24h_plate_377x978.h5ad``, ``tables/l1000/deepce_gene_vector_978.parquet`` and
 ``singlecell/kang2018_ifnb_scgen_subset.h5ad``.
@@ -22,7 +22,7 @@ from scfm.tasks.molecules import morgan_fingerprints
 
 SHOWN = ["RMSE", "Pearson", "Spearman", "positive precision@100", "negative precision@100"]
 # smaller than published, for a processor
-SMALL = {"dim": 32, "hidden": 64}
+SMALL = {"dim": 16, "hidden": 32, "layers": 1, "feedforward": 64}
 
 
 def signatures(folder: Path, seed: int) -> anndata.AnnData:
@@ -75,7 +75,7 @@ def signature_table(folder: Path, models: list[str], epochs: int, seeds: int) ->
     return table.groupby(["kind", "name"], sort=False)[SHOWN].mean()
 
 
-def transport_table(folder: Path, models: list[str], iterations: int) -> pd.DataFrame:
+def transport_table(folder: Path, models: list[str], iterations: int, codec_epochs: int) -> pd.DataFrame:
     """Interferon-beta: held-out cells of all types, and a held-out type."""
     data = anndata.read_h5ad(folder / "singlecell" / "kang2018_ifnb_scgen_subset.h5ad")
     drawn = np.random.default_rng(0).random(data.n_obs) < 0.2
@@ -88,7 +88,7 @@ def transport_table(folder: Path, models: list[str], iterations: int) -> pd.Data
         spaces |= {name: {"model": name, "potential": (64, 64, 64, 64)} for name in models}
         for name, given in spaces.items():
             model = scfm.models.ChemicalTransport(data, **given, seed=0)
-            model.train(iterations, codec_epochs=30, seed=0)
+            model.train(iterations, codec_epochs=codec_epochs, seed=0)
             table = model.evaluate()
             print(held_out, name, table.round(3).to_string(), flush=True)
             tables.append(table.assign(held_out=held_out, space=name))
@@ -102,15 +102,16 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--task", nargs="+", default=["signatures", "transport"], choices=["signatures", "transport"])
     parser.add_argument("--models", nargs="*", default=["scgpt-mini", "cellfm-mini"])
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--iterations", type=int, default=300)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--codec-epochs", type=int, default=10)
     arguments = parser.parse_args()
     if "signatures" in arguments.task:
         table = signature_table(arguments.folder, arguments.models, arguments.epochs, arguments.seeds)
         print(table.round(3).to_string())
     if "transport" in arguments.task:
-        table = transport_table(arguments.folder, arguments.models, arguments.iterations)
+        table = transport_table(arguments.folder, arguments.models, arguments.iterations, arguments.codec_epochs)
         print(table.round(3).to_string(index=False))
 
 

@@ -185,7 +185,7 @@ class TransportTraining:
     batch_size
         Cells of a step, drawn anew for each.
     lr, betas
-        Learning rate and moments of Adam.
+        Learning rate (CellOT and CellFM: 1e-4) and moments of Adam.
     penalty
         Weight of the negative inner weights of ``g``.
     check_every
@@ -201,10 +201,10 @@ class TransportTraining:
         If a number makes no sense.
     """
 
-    max_iter: int = 2000
+    max_iter: int = 500
     inner_iter: int = 10
     batch_size: int = 256
-    lr: float = 1e-4
+    lr: float = 1e-3
     betas: tuple[float, float] = (0.5, 0.9)
     penalty: float = 1.0
     check_every: int = 50

@@ -141,3 +141,30 @@ def test_golden_gears(golden):
                 np.testing.assert_allclose(scores.loc[name, column], wanted, rtol=1e-5, err_msg=f"{name} {theirs}")
     for theirs in ("mse", "pearson"):
         np.testing.assert_allclose(scores[ours[theirs]].mean(), expected["metrics"][theirs], rtol=1e-5)
+
+
+def test_golden_scgpt(golden):
+    case = golden("scgpt", "perturbation")
+    names, genes = case.input["m_conds"], pd.Index(case.input["m_genes"])
+    truth, guess = (
+        condition_means(case.input[f"m_{what}"], case.input["m_pert_cat"], names=names) for what in ("truth", "pred")
+    )
+    # as theirs, with float32 sums, which differ by 1e-8
+    control = np.asarray(csr_matrix(case.input["m_ctrl"]).mean(0)).ravel()
+    ours = {"pearson": "Pearson", "pearson_de": "DE Pearson", "pearson_delta": "Pearson delta", "pearson_de_delta": "DE Pearson delta"}  # fmt: skip
+    de = [genes.get_indexer(row[:20]) for row in case.input["m_de"]]
+    scores = perturbation_scores(truth, guess, control, de_genes=de)
+    rows = []
+    for row, name in enumerate(names):
+        # their option non_zero_genes: genes that the perturbed cells express
+        kept = np.flatnonzero(truth.loc[name])
+        place = pd.Index(kept).get_indexer(genes.get_indexer(case.input["m_nondropout"][row]))
+        parts = [table.loc[[name]].iloc[:, kept] for table in (truth, guess)]
+        rows.append(perturbation_scores(*parts, control[kept], de_genes=[place[place >= 0]]))
+    for option, table in ((0, scores), (1, pd.concat(rows))):
+        for theirs, column in ours.items():
+            expected = case.expected[f"metrics__nz{option}__raw1__{theirs}"]
+            found = table[column].sort_index()  # the authors sort them
+            np.testing.assert_allclose(found, expected, rtol=1e-9, err_msg=f"{option} {theirs}")
+            mean = case.expected[f"metrics__nz{option}__raw0__{theirs}"]
+            np.testing.assert_allclose(table[column].mean(), mean, rtol=1e-9)

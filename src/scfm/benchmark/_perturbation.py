@@ -84,7 +84,7 @@ def perturbation(
     baselines
         ``"no_change"``, ``"perturbed_mean"``, ``"matching_mean"``, ``"additive"``, ``"ridge_pca"`` and ``"ridge_random"`` (the
         linear model with principal components, and with random vectors); by default all that the data allow. See
-        :mod:`scfm.baselines`.
+        ``scfm.baselines``.
     gene_vectors
         Vectors of genes for further linear models, by the name of where they come from, such as the gene embeddings of a model.
     ceiling

@@ -42,11 +42,16 @@ def _isolated_settings(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread_for_tiny_networks(request):
-    """Threads cost more than they save where all tensors are tiny, above all on a busy machine."""
+    """Threads cost more than they save where all tensors are tiny, above all beside other workers."""
+    import torch
+
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # for good, also in processes that tests start
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
     if request.path.parent.name not in ("benchmark", "models", "tasks", "tl"):
         yield
         return
-    import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -122,7 +122,7 @@ def test_a_run_goes_on_with_the_same_annotations_only(recipe, annotations, stop_
 def test_annotations_that_nothing_is_made_of_are_refused(recipe, annotations):
     with pytest.raises(scfm.UnsupportedError, match="scgpt learns nothing from annotations"):
         pretrain(recipe("scgpt", annotations=str(annotations)))
-    with pytest.raises(ValueError, match="annotations come with the checkpoint"):
+    with pytest.raises(ValueError, match="annotations and gene_vectors come with the checkpoint"):
         Recipe(name="more", sources=("a.h5ad",), checkpoint="scgpt-mini", annotations="go.tsv")
 
 

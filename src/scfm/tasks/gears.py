@@ -150,7 +150,7 @@ def annotation_table(annotations: pd.DataFrame | Mapping[str, Iterable[str]] | s
     annotations
         Table with a column of genes (``gene`` or ``symbol``) and one of terms (``term`` or ``go_id``), a table of pairs
         (``source``, ``target``, ``importance``), a mapping of genes to their terms, or a file with one of these: parquet, CSV of
-        pairs, or what :func:`scfm.backbones.sclong.annotations.read_annotations` reads.
+        pairs, or what ``scfm.backbones.sclong.read_annotations`` reads.
 
     Raises
     ------

@@ -80,7 +80,7 @@ class SCGPTConfig:
         Whether the decoder gives a factor for the value before the perturbation and a shift (scGPT >= 0.2.2), in place of a
         value (the preprint).
     decoder_activation, adaptive_shift
-        Activation of both and scaling of the shift, see :class:`scfm.backbones.scgpt.heads.AffineDecoder`.
+        Activation of both and scaling of the shift, see ``AffineDecoder``.
     """
 
     dim: int = 512

@@ -21,12 +21,14 @@ class Server:
         self.content: dict[str, bytes] = {}
         self.behaviour: dict[str, list] = {}
         self.requests: list[str] = []
+        self.ranges: list[str] = []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 name = self.path.lstrip("/")
                 outer.requests.append(name)
+                outer.ranges.append(self.headers.get("Range", ""))
                 if outer.behaviour.get(name):
                     outer.behaviour[name].pop(0)(self, outer.content.get(name, b""))
                 elif name in outer.content:
@@ -59,6 +61,8 @@ def server(monkeypatch):
     """Web server; scfm may use the network."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("scfm.checkpoints._download._WAITS", (0, 0))
+    # a chunk that breaks off is lost
+    monkeypatch.setattr("scfm.checkpoints._download._CHUNK", 1000)
     scfm.settings.offline = False
     server = Server()
     yield server

@@ -123,6 +123,86 @@ def test_transfer_that_always_breaks_leaves_nothing(server, register):
     assert (fetch("toy") / "weights.bin").read_bytes() == CONTENT
 
 
+class Versioned:
+    """Names the version of the file, answers ranges of it, and hangs up after ``n_bytes``."""
+
+    def __init__(self, tag: str, n_bytes: int | None = None, shift: int = 0) -> None:
+        self.tag, self.n_bytes, self.shift = tag, n_bytes, shift
+
+    def __call__(self, handler, content):
+        asked = handler.headers.get("Range", "")
+        whole = not asked or handler.headers["If-Range"] != self.tag
+        begin = 0 if whole else int(asked.removeprefix("bytes=").removesuffix("-")) + self.shift
+        handler.send_response(200 if whole else 206)
+        if not whole:
+            handler.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
+        handler.send_header("ETag", self.tag)
+        handler.send_header("Content-Length", str(len(content) - begin))
+        handler.end_headers()
+        handler.wfile.write(content[begin:][: self.n_bytes])
+        handler.close_connection = True
+
+
+HALF = len(CONTENT) // 2
+
+
+def test_broken_transfer_goes_on_where_it_ended(server, register):
+    register(make_entry(files=[remote(server)]))
+    server.behaviour["weights.bin"] = [Versioned('"a"', HALF), Versioned('"a"', 1000), Versioned('"a"')]
+    assert (fetch("toy") / "weights.bin").read_bytes() == CONTENT
+    assert server.ranges == ["", f"bytes={HALF}-", f"bytes={HALF + 1000}-"]
+    assert files_in(scfm.settings.cachedir / "toy") == ["weights.bin", "weights.bin.sha256"]
+
+
+def test_a_later_call_goes_on_where_an_earlier_one_ended(server, register):
+    register(make_entry(files=[remote(server)]))
+    server.behaviour["weights.bin"] = [Versioned('"a"', HALF), unavailable, unavailable, Versioned('"a"')]
+    with pytest.raises(ConnectionError, match="503"):
+        fetch("toy")
+    assert not (scfm.settings.cachedir / "toy" / "weights.bin").exists()
+    assert (fetch("toy") / "weights.bin").read_bytes() == CONTENT
+    assert server.ranges[-1] == f"bytes={HALF}-"
+    assert files_in(scfm.settings.cachedir / "toy") == ["weights.bin", "weights.bin.sha256"]
+
+
+@pytest.mark.parametrize("tags", [('"a"', '"b"'), ('W/"a"', 'W/"a"')], ids=["changed", "weak"])
+def test_a_file_that_may_have_changed_starts_again(server, register, tags):
+    old = bytes(len(CONTENT))
+    register(make_entry(files=[remote(server)]))
+
+    def first(handler, content):
+        Versioned(tags[0], HALF)(handler, old)
+
+    server.behaviour["weights.bin"] = [first, Versioned(tags[1])]
+    assert (fetch("toy") / "weights.bin").read_bytes() == CONTENT
+
+
+def test_the_wrong_part_is_not_joined(server, register):
+    register(make_entry(files=[remote(server)]))
+    server.behaviour["weights.bin"] = [Versioned('"a"', HALF), Versioned('"a"', shift=1), Versioned('"a"')]
+    assert (fetch("toy") / "weights.bin").read_bytes() == CONTENT
+    assert server.ranges == ["", f"bytes={HALF}-", ""]
+
+
+def test_a_part_longer_than_the_file_starts_again(server, register):
+    register(make_entry(files=[remote(server)]))
+
+    def refuse(handler, content):
+        handler.send_error(416)
+
+    server.behaviour["weights.bin"] = [Versioned('"a"', HALF), refuse, Versioned('"a"')]
+    assert (fetch("toy") / "weights.bin").read_bytes() == CONTENT
+    assert server.ranges == ["", f"bytes={HALF}-", ""]
+
+
+def test_wrong_hash_of_a_joined_file_keeps_nothing(server, register):
+    register(make_entry(files=[remote(server, sha256=sha256(b"other"))]))
+    server.behaviour["weights.bin"] = [Versioned('"a"', HALF), Versioned('"a"')]
+    with pytest.raises(scfm.CheckpointError):
+        fetch("toy")
+    assert files_in(scfm.settings.cachedir / "toy") == []
+
+
 def test_refusal_is_not_repeated(server, register):
     register(make_entry(files=[replace(remote(server), url=f"{server.url}/gone")]))
     with pytest.raises(ConnectionError, match="the server answers 404") as error:
@@ -358,7 +438,7 @@ def test_killed_download_leaves_no_file_and_is_restarted(server, register):
     gate.opened.set()
     directory = scfm.settings.cachedir / "toy"
     assert not (directory / "weights.bin").exists()
-    assert any(name.startswith(".partial-") for name in files_in(directory))
+    assert ".partial" in files_in(directory)
     register(make_entry(files=[file]))
     assert (fetch("toy") / "weights.bin").read_bytes() == CONTENT
     assert files_in(directory) == ["weights.bin", "weights.bin.sha256"]

@@ -1,14 +1,15 @@
 """Getting the files of a checkpoint: from the cache, from a directory of the user, or from the network.
 
-A file in the cache is complete or absent: a download lands in a private directory, is checked there, and is moved into
-place in one step. What lies in place is never deleted and never downloaded again.
+A file in the cache is complete or absent: a download lands under another name, is checked there, and is moved into place in
+one step. What lies in place is never deleted and never downloaded again. What broke off goes on where it ended, if the server
+can say that it still has the same file.
 """
 
 from __future__ import annotations
 
-import shutil
+import errno
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
     from ._registry import Entry, Mirror, RemoteFile
 
-_PARTIAL = ".partial-"
+_PARTIAL = ".partial"
+_READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 _shown: set[str] = set()
 
 
@@ -87,10 +89,10 @@ def fetch_files(
     missing = _missing(files, directory)
     if missing:
         _refuse_unless_possible(entry, missing, source)
-        with _locked(directory):
+        with _locked(directory) as alone:
             # another process may have brought some of them while this one waited
             for file in _missing(missing, directory):
-                _bring(file, _url(file, source), directory)
+                _bring(file, _url(file, source), directory, alone=alone)
     for file in files:
         check(directory / file.name, file, pin=entry.bundled is None)
     return directory
@@ -169,8 +171,13 @@ def _names(files: Sequence[RemoteFile]) -> str:
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Let one process at a time download into ``directory``; the system frees the lock of a process that dies."""
+def _locked(directory: Path) -> Iterator[bool]:
+    """Let one process at a time download into ``directory``; the system frees the lock of a process that dies.
+
+    Yields
+    ------
+    Whether this process is the only one; file systems without locks cannot promise it.
+    """
     from filelock import FileLock, Timeout
 
     lock = FileLock(directory.parent / f".{directory.name}.lock")
@@ -182,29 +189,46 @@ def _locked(directory: Path) -> Iterator[None]:
             _logging.info(f"another process is downloading into {directory}; waiting for it")
             lock.acquire()
     except NotImplementedError:
-        # a file system without locks: two processes may download the same file, and either result is complete
-        yield
+        yield False
         return
     except OSError as error:
         raise _cannot_write(directory, error) from error
     try:
-        for leftover in directory.glob(f"{_PARTIAL}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        yield
+        yield True
     finally:
         lock.release()
 
 
-def _bring(file: RemoteFile, url: str, directory: Path) -> None:
-    """Download one file into a private directory beside its place, check it, and move it in."""
+def _bring(file: RemoteFile, url: str, directory: Path, *, alone: bool) -> None:
+    """Download one file into a directory beside its place, check it, and move it in.
+
+    The directory is the same every time, so that a later call goes on with a part, unless another process may use it, too.
+    """
     try:
-        private = tempfile.TemporaryDirectory(dir=directory, prefix=_PARTIAL)
+        if alone:
+            _arrive(file, url, directory, directory / _PARTIAL)
+        else:
+            with tempfile.TemporaryDirectory(dir=directory, prefix=_PARTIAL) as private:
+                _arrive(file, url, directory, Path(private))
     except OSError as error:
+        if error.errno not in _READ_ONLY:
+            raise
         raise _cannot_write(directory, error) from error
-    with private as name:
-        arrived = download(url, Path(name) / file.name)
-        check(arrived, file, pin=False, downloaded_from=url)
-        arrived.replace(directory / file.name)
+
+
+def _arrive(file: RemoteFile, url: str, directory: Path, partial: Path) -> None:
+    partial.mkdir(exist_ok=True)
+    try:
+        arrived = download(url, partial / file.name)
+        try:
+            check(arrived, file, pin=False, downloaded_from=url)
+            arrived.replace(directory / file.name)
+        finally:
+            arrived.unlink(missing_ok=True)
+    finally:
+        # parts of this and other files stay
+        with suppress(OSError):
+            partial.rmdir()
 
 
 def _cannot_write(directory: Path, error: OSError) -> PermissionError:

@@ -93,6 +93,7 @@ FORMS = {
     "mlp": {"decoder": "mlp"},
     "softplus": {"activation": "Softplus", "adaptive": True},
     "mvc": {"mvc": True},
+    "bins": {"input_bins": 7},
 }
 
 
@@ -136,8 +137,9 @@ def test_a_cell_does_not_depend_on_others(network, cells):
         close(network.predict_perturbed(ids, values[rows], flags[rows]), whole[rows], atol=1e-5, rtol=1e-5)
 
 
-def test_the_order_of_genes_changes_nothing(pretrained, cells):
-    network = pretrained.perturbing(seed=3)
+@pytest.mark.parametrize("form", ["affine", "bins"])
+def test_the_order_of_genes_changes_nothing(pretrained, cells, form):
+    network = pretrained.perturbing(seed=3, **FORMS[form])
     ids, values, flags = cells
     order = torch.tensor([7, 1, 0, 9, 8, 2, 3, 6, 5, 4])
     moved = network.predict_perturbed(ids[order], values[:, order], flags[:, order])
@@ -148,6 +150,42 @@ def test_the_flag_changes_the_prediction(network, cells):
     ids, values, flags = cells
     difference = network.predict_perturbed(ids, values, flags) - network.predict_perturbed(ids, values, 0 * flags)
     assert (difference.abs() > 0).any(1).all()
+
+
+def test_bins_are_for_the_encoder_and_values_for_the_decoder(pretrained, cells):
+    from scfm.backbones.scgpt.tokenizer import bin_values
+
+    ids, values, flags = cells
+    values = torch.arange(1.0, 51.0).reshape(5, 10) ** 1.5 * (torch.arange(10) != 3)
+    values[2] = 0  # a cell without counts has no bins
+    network = pretrained.perturbing(seed=3, input_bins=7)
+    found = network.predict_perturbed(ids, values, flags)
+    bins = torch.zeros_like(values)
+    for row, cell in enumerate(values.numpy()):
+        if cell.any():
+            bins[row, cell > 0] = torch.from_numpy(
+                bin_values(cell[cell > 0], np.array([0, (cell > 0).sum()]), 7)[0]
+            ).float()
+    assert set(bins.unique().tolist()) == set(range(7))
+    plain = pretrained.perturbing(seed=3)
+    # the same network that is shown bins as values, and whose decoder is shown the values
+    decoder = plain.module.decoder
+    shown = decoder.forward
+    decoder.forward = lambda hidden, **_: shown(hidden, values=values)
+    close(found, plain.predict_perturbed(ids, bins, flags), atol=1e-6, rtol=1e-6)
+
+
+def test_a_model_of_bins_needs_them(cells):
+    vocab = GeneVocab(["<pad>", "<cls>", "<eoc>", *(f"G{i}" for i in range(12))], specials=["<pad>", "<cls>", "<eoc>"])
+    config = dict(TINY["scgpt"]) | {"value_style": "category"}
+    backbone = from_config("scgpt", config, vocab, device="cpu", precision="float32")
+    with pytest.raises(ValueError, match=f"input_bins={backbone.config.n_bins}"):
+        backbone.perturbing()
+    with pytest.raises(ValueError, match="a number from 3 to"):
+        backbone.perturbing(input_bins=10_000)
+    network = backbone.perturbing(input_bins=7)
+    assert network.config.input_bins == 7
+    assert network.predict_perturbed(*cells).isfinite().all()
 
 
 def test_everything_new_learns(network, cells):

@@ -107,7 +107,7 @@ class GeneticPerturbation(PerturbationSaving, BaseModelClass):
     network
         Form of the network where it is not that of the authors: fields of :class:`scfm.tasks.gears_network.GearsConfig`, or
         options of :meth:`scfm.Backbone.perturbing` (``decoder="affine"`` or ``"mlp"``, ``activation``, ``adaptive``, ``mvc``,
-        ``dropout``).
+        ``input_bins``, ``dropout``).
     most_genes, always_include_perturbed
         For ``route="scgpt"``, see :class:`scfm.tasks.perturbation_learners.GeneratorLearner`.
     first_cell_only

@@ -240,6 +240,7 @@ class SCGPTBackbone(Backbone):
         adaptive: bool = False,
         mvc: bool = False,
         frozen_flag: int | None = 0,
+        input_bins: int = 0,
         dropout: float = 0.0,
     ) -> SCGPTBackbone:
         """Upstream keeps what embeds genes and values, and the layers; ``"mlp"`` is the network of the preprint."""
@@ -248,9 +249,9 @@ class SCGPTBackbone(Backbone):
         if decoder not in ("affine", "mlp"):
             msg = f"decoder must be 'affine' or 'mlp'; got {decoder!r}"
             raise ValueError(msg)
-        if self.config.value_style == "category":
-            msg = f"{self.name} embeds bins, not values, so it cannot predict responses to perturbations"
-            raise UnsupportedError(msg)
+        if self.config.value_style == "category" and not input_bins:
+            msg = f"{self.name} embeds bins, not values; give input_bins={self.config.n_bins}"
+            raise ValueError(msg)
         config = replace(
             self.config,
             dropout=dropout,
@@ -269,6 +270,7 @@ class SCGPTBackbone(Backbone):
             affine_decoder=decoder == "affine",
             decoder_activation=activation,
             adaptive_shift=adaptive,
+            input_bins=input_bins,
         )
         kept = [r"genes\..+", r"layers\..+", *([r"values\..+"] if self.module.values is not None else [])]
         return rebuilt(self, config, seed=seed, include=kept)

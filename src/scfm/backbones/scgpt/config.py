@@ -18,6 +18,8 @@ NormStyle = Literal["none", "batchnorm", "dsbn", "dsbn-affine"]
 
 # in the order in which scGPT appends them to a vocabulary
 SPECIALS = ("<pad>", "<cls>", "<eoc>")
+# larger values are cut to it before they are embedded
+MAX_VALUE = 512
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,9 @@ class SCGPTConfig:
         value (the preprint).
     decoder_activation, adaptive_shift
         Activation of both and scaling of the shift, see ``AffineDecoder``.
+    input_bins
+        Number of bins, zero included, in which a network for perturbations sees values, while its decoder sees the values
+        themselves; 0 for values in both places, as in all published networks.
     """
 
     dim: int = 512
@@ -114,6 +119,7 @@ class SCGPTConfig:
     affine_decoder: bool = False
     decoder_activation: str = ""
     adaptive_shift: bool = False
+    input_bins: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modalities", tuple(self.modalities))  # JSON has lists only
@@ -125,6 +131,9 @@ class SCGPTConfig:
             raise ValueError(msg)
         if self.n_bins < 3:
             msg = f"n_bins must be at least 3; got {self.n_bins}"
+            raise ValueError(msg)
+        if self.input_bins and not 3 <= self.input_bins <= self._most_bins:
+            msg = f"input_bins must be 0, or a number from 3 to {self._most_bins:,}; got {self.input_bins}"
             raise ValueError(msg)
         if self.modalities and not self.multiomic:
             msg = "modalities are part of the multi-omic network only; set multiomic=True"
@@ -144,6 +153,11 @@ class SCGPTConfig:
         if len(set(self.modalities)) < len(self.modalities):
             msg = f"each modality needs a name of its own; got {', '.join(self.modalities)}"
             raise ValueError(msg)
+
+    @property
+    def _most_bins(self) -> int:
+        """Rows for bins, if they are looked up in a table; else what the linear layers see without being cut."""
+        return self.n_value_bins if self.value_style == "category" else MAX_VALUE
 
 
 PRESETS: dict[str, SCGPTConfig] = {
@@ -227,6 +241,7 @@ def _perturbation(state: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[
         "affine_decoder": "decoder.factor.0.weight" in state,
         "decoder_activation": str(args.get("decoder_activation") or ""),
         "adaptive_shift": bool(args.get("decoder_adaptive_bias", False)),
+        "input_bins": int(args.get("n_input_bins") or 0),
     }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...nn.attention import attend, attend_first, attend_with_self
 from ...nn.low_rank import effective_weight
+from .config import MAX_VALUE
 from .heads import AffineDecoder, Discriminator, ExpressionDecoder, MVCDecoder, mlp_head
 from .modality import TABLE, UNKNOWN
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from .heads import Decoded
 
 _BATCH_NORM_EPS = 6.1e-5
-_MAX_VALUE = 512.0
 
 
 class NormedEmbedding(nn.Module):
@@ -50,7 +50,7 @@ class ContinuousValues(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Embedding of ``values``, ``(*values.shape, dim)``."""
-        values = values.unsqueeze(-1).to(self.linear1.weight.dtype).clamp(max=_MAX_VALUE)
+        values = values.unsqueeze(-1).to(self.linear1.weight.dtype).clamp(max=MAX_VALUE)
         return self.dropout(self.norm(self.linear2(F.relu(self.linear1(values)))))
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import sparse
+
+from .tokenizer import bin_uniforms, bin_values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +62,8 @@ def responses(backbone: SCGPTBackbone, ids: Tensor, values: Tensor, flags: Tenso
     """
     module = backbone.module
     genes = module.embed_genes(ids)
-    embedded = module.embed_values(values)
+    bins = backbone.config.input_bins
+    embedded = module.embed_values(_binned(ids, values, bins) if bins else values)
     x = (genes * embedded if backbone.config.value_style == "scaling" else genes + embedded) + module.flags(flags)
     hidden = module.encode(module.normalize_input(x, None), None)
     predicted = module.decoder(hidden, values=values).values
@@ -66,6 +71,17 @@ def responses(backbone: SCGPTBackbone, ids: Tensor, values: Tensor, flags: Tenso
     if module.mvc is not None:
         from_cell = module.decode_from_cells(hidden[:, 0], genes[None], None).values
     return predicted, from_cell
+
+
+def _binned(ids: Tensor, values: Tensor, n_bins: int) -> Tensor:
+    """Quantile bins of the values of each cell; ties are broken by random numbers that the cell's content gives."""
+    cells = sparse.csr_matrix(values.detach().float().cpu().numpy())
+    filled = np.flatnonzero(np.diff(cells.indptr))
+    if len(filled):
+        offsets = np.append(cells.indptr[filled], cells.nnz)
+        uniform = bin_uniforms(ids.cpu().numpy()[cells.indices], cells.data, offsets, 0)
+        cells.data = bin_values(cells.data, offsets, n_bins, uniform)[0].astype(np.float32)
+    return torch.from_numpy(cells.toarray()).to(values)
 
 
 def response_loss(

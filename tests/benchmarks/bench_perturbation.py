@@ -28,6 +28,7 @@ ROUTES = {
     "cellfm-mini, GEARS": "cellfm-mini",
     "sclong-mini, GEARS": "sclong-mini",
 }
+MINIS = ("scgpt-mini", "scfoundation-mini", "cellfm-mini", "sclong-mini")
 METRICS = ["MSE", "DE MSE", "Pearson delta", "DE Pearson delta", "Pearson centroid delta", "centroid accuracy", "rank"]
 METRICS += ["DE overlap", "E-distance", "predicted"]
 
@@ -89,7 +90,7 @@ def main() -> None:
         adata,
         models,
         split=split,
-        gene_vectors={name: vectors(name) for name in ("scgpt-mini", "cellfm-mini")},
+        gene_vectors={name: vectors(name) for name in MINIS},
         seeds=options.seeds,
     )
     if options.out is not None:

@@ -193,3 +193,27 @@ def test_data_without_known_genes_or_layer(one, make_data):
     strange.var_names = [f"OTHER{i}" for i in range(strange.n_vars)]
     with pytest.raises(ValueError, match="none of"):
         model.predict(strange)
+
+
+@pytest.mark.parametrize("kind", ["cellfm"])
+def test_classes_are_learned_along_with_hidden_genes(kind, tiny, adata, tmp_path):
+    model = fresh(kind, tiny, adata, hide={"mask_ratio": 0.3})
+    assert model.learner.style == "mlp"
+    assert model.learner.hide == {"mask_ratio": 0.3, "similarity": 0.8}
+    model.train(max_epochs=30, batch_size=12, min_cells=1, lr=3e-3, freeze=False, seed=0, **RUN)
+    assert {"hidden_train", "hidden_validation", "classes_train"} <= set(model.history)
+    losses = model.history["hidden_train"].to_numpy().ravel()
+    assert losses[-5:].mean() < losses[:5].mean()
+    usable = np.arange(adata.n_obs) != 3
+    predicted = model.predict()
+    assert (predicted == adata.obs["label"].to_numpy())[usable].mean() > 0.6
+    model.save(tmp_path / "model")
+    again = CellTypeClassifier.load(tmp_path / "model", adata, accelerator="cpu")
+    assert again.learner.hide == model.learner.hide
+    np.testing.assert_array_equal(again.predict()[usable], predicted[usable])
+
+
+@pytest.mark.parametrize(("kind", "head"), [("cellfm", "retention"), ("cellfm", "linear"), ("scgpt", None)])
+def test_hidden_genes_need_a_head_for_it(kind, head, tiny, adata):
+    with pytest.raises(ValueError, match="hide= needs a head"):
+        fresh(kind, tiny, adata, head=head, hide=True)

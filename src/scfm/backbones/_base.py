@@ -130,6 +130,8 @@ class Backbone(ABC):
     layer_stacks: ClassVar[tuple[str, ...]] = ("layers",)
     # classifiers that a network of this kind can hold, the one of the paper first; other heads lie outside of it
     class_heads: ClassVar[tuple[str, ...]] = ()
+    # those of them that can be trained along with the prediction of hidden genes, in one forward pass
+    joint_heads: ClassVar[tuple[str, ...]] = ()
     # names of the submodules that belong to a task, not to the pre-trained model
     head_modules: ClassVar[tuple[str, ...]] = ()
     # whether the authors fine-tune for the integration of batches: integration_config and _integration_loss do it
@@ -325,6 +327,7 @@ class Backbone(ABC):
     def _cell_attention(self, tokens: TokenBatch, genes: Tensor | None, **options: Any) -> Tensor: ...  # noqa: B027
     def _pretraining_loss(self, tokens: TokenBatch, generator: torch.Generator, **options: Any) -> Any: ...  # noqa: B027
     def _class_logits(self, tokens: TokenBatch) -> tuple[Tensor, ...]: ...  # noqa: B027
+    def _class_logits_and_loss(self, tokens: TokenBatch, generator: Any, **options: Any) -> Any: ...  # noqa: B027
     def _integration_loss(self, tokens: TokenBatch, generator: torch.Generator, **options: Any) -> Any: ...  # noqa: B027
     def _multiomic(self, features: Mapping[str, Sequence[str]], **options: Any) -> Backbone: ...  # noqa: B027
     def _multiomic_loss(self, tokens: TokenBatch, generator: torch.Generator, **options: Any) -> Any: ...  # noqa: B027
@@ -532,10 +535,32 @@ class Backbone(ABC):
         UnsupportedError
             If the network holds none.
         """
+        self._need_classes()
+        return self._class_logits(tokens.to(self.device))
+
+    def class_logits_and_loss(
+        self, tokens: TokenBatch, generator: torch.Generator | None = None, **options: Any
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        """Logits of cells of which some genes are hidden, and the loss of predicting these, from one forward pass.
+
+        Arguments are those of :meth:`pretraining_loss`. All cells have to be valid.
+
+        Raises
+        ------
+        UnsupportedError
+            If the network holds no classifier for which there is such a pass.
+        """
+        self._need_classes()
+        if self.config.class_head not in self.joint_heads:
+            heads = ", ".join(map(repr, self.joint_heads)) or "none"
+            msg = f"classes and hidden genes of {self.kind} cannot be learned in one pass with this head; heads that can: {heads}"
+            raise UnsupportedError(msg)
+        return self._class_logits_and_loss(tokens.to(self.device), generator, **options)
+
+    def _need_classes(self) -> None:
         if not getattr(self.config, "n_classes", 0):
             msg = f"{self.name} holds no classifier; see scfm.models.CellTypeClassifier"
             raise UnsupportedError(msg)
-        return self._class_logits(tokens.to(self.device))
 
     def integration_loss(self, tokens: TokenBatch, generator: torch.Generator | None = None, **options: Any) -> Any:
         """The loss with which the authors fine-tune for the integration of batches.

@@ -54,6 +54,10 @@ class CellTypeClassifier(TaskModel):
         embedding.
     pooling
         Cell embedding that ``"mlp"`` and ``"linear"`` start from.
+    hide
+        For ``"mlp"`` of CellFM: hide part of the genes in training and predict them along with the classes, in one forward
+        pass, as the authors' PyTorch port does; ``True``, or options of the loss (``mask_ratio``, ``similarity``,
+        ``zero_length``, ``down_sampling``). Predictions are made from whole cells.
     lora, tokenize, device, seed
         See :class:`scfm.models.TaskModel`.
 
@@ -81,6 +85,7 @@ class CellTypeClassifier(TaskModel):
         checkpoint: str | os.PathLike[str] | Backbone = "scgpt",
         head: str | None = None,
         pooling: str | None = None,
+        hide: bool | Mapping[str, Any] = False,
         lora: int | Mapping[str, Any] | None = None,
         tokenize: Mapping[str, Any] | None = None,
         device: str = "auto",
@@ -96,6 +101,7 @@ class CellTypeClassifier(TaskModel):
             seed=seed,
             head=head,
             pooling=pooling,
+            hide=hide,
         )
 
     @classmethod
@@ -377,11 +383,12 @@ class CellTypeClassifier(TaskModel):
             "head": learner.style,
             "pooling": learner.pooling,
             "tokenize": learner.tokenize,
+            "hide": learner.hide,
             "trained_classes": getattr(self, "trained_classes_", None),
         }
 
     def _set_task(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        options = {"pooling": state["pooling"], "tokenize": state["tokenize"]}
+        options = {"pooling": state["pooling"], "tokenize": state["tokenize"], "hide": state.get("hide") or False}
         # the head that the network holds is the saved one, so it must not be made anew
         learner = ClassLearner(self.backbone, len(self.classes), None if not tensors else state["head"], **options)
         if tensors:

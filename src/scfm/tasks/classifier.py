@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,12 @@ from ..nn.batch_norm import BatchNorm
 from .learner import Learner
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
+    from scipy.sparse import csr_matrix
     from torch import Tensor
 
     from ..backbones import Backbone, TokenBatch
     from ..backbones._fine_tuning import ClassWeights
+    from ..genes import GeneMatch
 
 PLAIN_HEADS = ("mlp", "linear")
 _HIDDEN = 128
@@ -35,13 +36,19 @@ class ClassLoss:
     Parameters
     ----------
     total
+        What is minimised.
+    classes
         Cross entropy, summed over all logits of the head.
     accuracy
         Share of the labelled cells whose class is right.
+    hidden
+        Loss of predicting hidden genes; ``None`` if none are hidden.
     """
 
     total: Tensor
+    classes: Tensor
     accuracy: Tensor
+    hidden: Tensor | None = None
 
 
 def plain_head(style: str, dim: int, n_classes: int) -> nn.Sequential:
@@ -86,6 +93,14 @@ def class_weights(n_cells: np.ndarray, rule: ClassWeights | None) -> np.ndarray 
     return weights / weights.sum()
 
 
+def _own_head(backbone: Backbone, *, held: bool, hide: bool) -> str:
+    """The head that a fine-tuned file holds, else that of the paper, or the first that can learn along with hidden genes."""
+    there = getattr(backbone.config, "class_head", None) if held else None
+    if hide and backbone.joint_heads:
+        return there if there in backbone.joint_heads else backbone.joint_heads[0]
+    return there or (*backbone.class_heads, *PLAIN_HEADS)[0]
+
+
 class ClassLearner(Learner):
     """A classifier of cells.
 
@@ -100,6 +115,9 @@ class ClassLearner(Learner):
         the head of the paper, else ``"mlp"``.
     pooling
         Cell embedding that a plain head starts from.
+    hide
+        Whether part of the genes are hidden in training and predicted along with the classes, for the heads in
+        ``backbone.joint_heads``; or options of the pre-training loss that differ from those of the authors.
     seed
         Seed of the weights of the head.
     tokenize
@@ -108,7 +126,7 @@ class ClassLearner(Learner):
     Raises
     ------
     ValueError
-        If the head is unknown, or there are fewer than two classes.
+        If the head is unknown or has no such training, or there are fewer than two classes.
     """
 
     weights: Tensor | None
@@ -120,37 +138,50 @@ class ClassLearner(Learner):
         head: str | None = None,
         *,
         pooling: str | None = None,
+        hide: bool | Mapping[str, Any] = False,
         seed: int = 0,
         tokenize: Mapping[str, Any] | None = None,
     ) -> None:
         backbone.require("embeds")
-        style = (*backbone.class_heads, *PLAIN_HEADS)[0] if head is None else head
+        held = head is None and getattr(backbone.config, "n_classes", 0) == n_classes
+        style = _own_head(backbone, held=held, hide=bool(hide)) if head is None else head
         if style not in (*backbone.class_heads, *PLAIN_HEADS):
             choices = ", ".join(dict.fromkeys((*backbone.class_heads, *PLAIN_HEADS)))
             msg = f"{backbone.kind} has no class head {style!r}; choose one of {choices}"
+            raise ValueError(msg)
+        if hide and style not in backbone.joint_heads:
+            heads = ", ".join(f"head={name!r}" for name in backbone.joint_heads) or "none of its heads"
+            msg = f"hide= needs a head that learns along with hidden genes; {backbone.kind} has it for {heads}"
             raise ValueError(msg)
         if n_classes < 2:
             msg = f"a classifier needs at least two classes; got {n_classes}"
             raise ValueError(msg)
         outside = None
         if style in backbone.class_heads:
-            if getattr(backbone.config, "n_classes", 0) != n_classes or head is not None:
+            if not held or style != getattr(backbone.config, "class_head", style):
                 backbone = rebuilt(backbone, backbone.config_with_classes(n_classes, style), seed=seed)
         else:
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
                 torch.manual_seed(seed)
                 outside = plain_head(style, backbone.embedding_dim(pooling), n_classes)
-        recipe = backbone.fine_tuning("annotation")
+        recipe = backbone.fine_tuning("annotation with hidden genes" if hide else "annotation")
         if outside is not None:
             # the tokens of the authors are those for their own head
             recipe = replace(recipe, tokenize={})
         super().__init__(backbone, outside, recipe, tokenize=tokenize)
         self.style, self.n_classes, self.pooling = style, n_classes, pooling
+        self.hide = {**recipe.objective, **(hide if isinstance(hide, Mapping) else {})} if hide else None
         self.register_buffer("weights", None, persistent=False)
 
     def set_weights(self, weights: np.ndarray | None) -> None:
         """Set the weights of the classes in the loss."""
         self.weights = None if weights is None else torch.as_tensor(weights, dtype=torch.float32)
+
+    def tokens(self, counts: csr_matrix, genes: GeneMatch, generator: torch.Generator) -> TokenBatch:
+        """Tokens of cells to train on; those of the pre-training if genes are hidden."""
+        if self.hide is None:
+            return super().tokens(counts, genes, generator)
+        return self.backbone.tokenize_for_training(counts, genes, generator)
 
     def logits(self, tokens: TokenBatch) -> tuple[Tensor, ...]:
         """Logits, with gradients if they are enabled; classes are predicted from the first."""
@@ -160,16 +191,25 @@ class ClassLearner(Learner):
 
     def loss(self, tokens: TokenBatch, generator: torch.Generator | None = None) -> ClassLoss:
         """Cross entropy over the cells that have a label in ``tokens.per_cell["label"]``; -1 stands for none."""
-        logits = self.logits(tokens)
+        hidden = None
+        if self.hide is None:
+            logits = self.logits(tokens)
+        else:
+            logits, values = self.backbone.class_logits_and_loss(tokens, generator, **self.hide)
+            hidden = values.total
         labels = tokens.per_cell[LABEL].to(logits[0].device, torch.int64)
+        classes, accuracy = self._cross_entropy(logits, labels)
+        return ClassLoss(classes if hidden is None else classes + hidden, classes, accuracy, hidden)
+
+    def _cross_entropy(self, logits: tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, Tensor]:
         known = labels >= 0
         if not bool(known.any()):
             zero = sum(part.sum() for part in logits) * 0.0
-            return ClassLoss(zero, zero.detach())
+            return zero, zero.detach()
         weights = None if self.weights is None else self.weights.to(logits[0])
-        total = sum(F.cross_entropy(part[known], labels[known], weights) for part in logits)
+        classes = sum(F.cross_entropy(part[known], labels[known], weights) for part in logits)
         right = logits[0][known].detach().argmax(1) == labels[known]
-        return ClassLoss(total, right.float().mean())
+        return classes, right.float().mean()
 
     @torch.inference_mode()
     def probabilities(self, tokens: TokenBatch) -> Tensor:

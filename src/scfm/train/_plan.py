@@ -275,7 +275,9 @@ def loss_parts(loss: Any) -> dict[str, Tensor]:
     parts = {"loss": loss.total.detach()}
     if is_dataclass(loss):
         values = {field.name: getattr(loss, field.name) for field in fields(loss) if field.name != "total"}
-        parts |= {name: value.detach() for name, value in values.items() if isinstance(value, torch.Tensor)}
+        parts |= {
+            name: value.detach() for name, value in values.items() if isinstance(value, torch.Tensor) and not value.ndim
+        }
     return parts
 
 

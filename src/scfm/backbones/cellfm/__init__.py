@@ -68,6 +68,7 @@ class CellFMBackbone(Backbone):
     embedding_modules: ClassVar[tuple[str, ...]] = ("gene_embedding", "value_encoder", "depth_encoder")
     vocab_tables: ClassVar[tuple[str, ...]] = ("gene_embedding.weight",)
     class_heads: ClassVar[tuple[str, ...]] = ("retention", "mlp")
+    joint_heads: ClassVar[tuple[str, ...]] = ("mlp",)
     head_modules: ClassVar[tuple[str, ...]] = ("head",)
     network_attention: ClassVar[Mapping[str, Any]] = {"rank": True}
     integrates: ClassVar[bool] = True
@@ -130,6 +131,25 @@ class CellFMBackbone(Backbone):
             return FineTuning(
                 optimization={"preset": "cellfm-tutorials"}, batch_size=16, max_epochs=30, min_cells=10, keep="last"
             )
+        if task == "annotation with hidden genes":
+            return FineTuning(
+                optimization={
+                    "optimizer": "adamw",
+                    "learning_rate": 1e-4,
+                    "weight_decay": 1e-5,
+                    "clip": "norm",
+                    "clip_value": 1.0,
+                    "schedule": "steps",
+                    "gamma": 0.95,
+                    "unit": "epoch",
+                },
+                batch_size=16,
+                max_epochs=5,
+                train_only=(r"layers\.",),
+                min_cells=10,
+                keep="last",
+                objective={"mask_ratio": 0.5, "similarity": 0.8},
+            )
         if task == "integration":
             return FineTuning(
                 optimization={"preset": "cellfm-tutorials"},
@@ -191,6 +211,12 @@ class CellFMBackbone(Backbone):
 
     def _class_logits(self, tokens: TokenBatch) -> tuple[Tensor, ...]:
         return tuple(logits for logits in self.module.classify(tokens) if logits is not None)
+
+    def _class_logits_and_loss(
+        self, tokens: TokenBatch, generator: torch.Generator | None, **options: Any
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        loss = self._pretraining_loss(tokens, generator, **options)
+        return (self.module.head(loss.cell_states),), loss
 
     # -- tokens ------------------------------------------------------------------------------------------------------
 

@@ -208,11 +208,22 @@ class CellFM(nn.Module):
 
     def classify(self, tokens: TokenBatch) -> ClassScores:
         """Logits of the classes of a fine-tuned model."""
-        sequences = self.sequences(tokens)
         if isinstance(self.head, MLPHead):
+            sequences = self._sequences_of_the_port(tokens)
             return ClassScores(self.head(self.encode(sequences, first_only=True)))
+        sequences = self.sequences(tokens)
         states = self.encode(sequences)
         return self.head(states[sequences.first], states[sequences.genes], tokens.lengths.tolist())
+
+    def _sequences_of_the_port(self, tokens: TokenBatch) -> Sequences:
+        """The port's classifier sees the read-depth tokens of the pre-training, here of whole cells."""
+        if not self.config.has_depth_tokens:
+            return self.sequences(tokens)
+        total = tokens.per_cell.get("total")
+        depths = None
+        if total is not None and "panel" not in tokens.per_cell:
+            depths = torch.log1p(total.double() / 1000).float().to(self.depth_tokens.device)[:, None].expand(-1, 2)
+        return self.sequences(tokens, "depths", depths=depths)
 
 
 def _vector(dim: int, n: int = 1) -> nn.Parameter:

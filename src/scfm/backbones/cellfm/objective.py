@@ -118,6 +118,8 @@ class CellFMLoss:
         Elastic cell similarity; ``None`` if it was not asked for.
     n_in_loss
         Number of positions to predict.
+    cell_states
+        States of CLS, ``(cells, dim)``, with gradients if they are enabled, for heads that are trained along.
     """
 
     total: Tensor
@@ -127,6 +129,7 @@ class CellFMLoss:
     zeros_cells: Tensor | None
     similarity: Tensor | None
     n_in_loss: int
+    cell_states: Tensor
 
 
 # -- corruption ----------------------------------------------------------------------------------------------------------
@@ -323,7 +326,7 @@ def masked_loss(
         behind = cells @ module.cell_decoder.queries(module.gene_embedding.weight[0])
         alike = _similarity(predicted[1], tokens, similarity, behind.float(), padded_length)
     total = sum(part for part in (*parts, *zero_parts, alike) if part is not None)
-    return CellFMLoss(total, *parts, *zero_parts, alike, int(n_in_loss))
+    return CellFMLoss(total, *parts, *zero_parts, alike, int(n_in_loss), cells)
 
 
 def _cross_entropy(probability: Tensor, truth: Tensor) -> Tensor:
@@ -357,7 +360,7 @@ def pretraining_loss(
     zeros_over: Sums = "masked",
     similarity: float | None = None,
     padded_length: int | None = None,
-    draws: Draws | None = None,
+    draws: Draws | Corrupted | None = None,
 ) -> CellFMLoss:
     """Loss of pre-training (Zeng et al. 2025) on one mini-batch.
 
@@ -378,7 +381,7 @@ def pretraining_loss(
     zeros_over, similarity, padded_length
         See :func:`masked_loss`.
     draws
-        The random part, to use instead of drawing it.
+        The random part, to use instead of drawing it, or the cells as the network is to get them.
 
     Raises
     ------
@@ -409,7 +412,7 @@ def pretraining_loss(
         )
     return masked_loss(
         backbone.module,
-        corrupt(tokens, draws, config),
+        draws if isinstance(draws, Corrupted) else corrupt(tokens, draws, config),
         zeros_over=zeros_over,
         similarity=similarity,
         padded_length=padded_length,

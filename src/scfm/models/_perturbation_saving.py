@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from safetensors.torch import save_file
-from scvi.data._constants import _FIELD_REGISTRIES_KEY, _SETUP_ARGS_KEY, _STATE_REGISTRY_KEY
-from scvi.model.base import BaseModelClass
-
 from ..backbones import Backbone, load
-from ..checkpoints import store
-from ..checkpoints._files import new_directory, sha256
 from ..tasks.gears_network import GearsConfig, Graph, fresh_network
 from ..tasks.perturbation_data import PerturbationSplit
 from ..tasks.perturbation_learners import GearsLearner, GeneratorLearner
 from ._backbone import own_copy
-from ._codec import decode, encode
-from ._fields import GENES_KEY, GeneField
 from ._perturbation_data import ExpressionRule
 from ._perturbation_network import PerturbedGenes
-from ._saving import (
-    FORMAT,
-    HEAD,
-    HEADER,
-    _device,
-    _place,
-    _read_header,
-    _read_task,
-    _saved_data,
-    _without_tables,
-    _write,
-)
+from ._plain_saving import BACKBONE, open_model, save_model
+from ._saving import _device, _place
 
 if TYPE_CHECKING:
     import os
@@ -47,8 +26,6 @@ if TYPE_CHECKING:
 
     File = str | os.PathLike[str]
 
-_ATTRIBUTES = ("is_trained_", "history_", "init_params_", "run_name_", "run_id_")
-_BACKBONE = "backbone"
 # where and how states of control cells are kept, unless a model is told otherwise
 CACHE = {"folder": None, "dtype": "float16", "max_gib": 32.0}
 
@@ -81,13 +58,6 @@ class PerturbationSaving:
         ValueError
             If ``save_anndata`` is set for a model without data.
         """
-        path = _place(dir_path, prefix)
-        if overwrite and path.exists() and not (path / HEADER).is_file() and any(path.iterdir()):
-            msg = f"{path} holds something else than a saved model and is not replaced even with overwrite=True"
-            raise FileExistsError(msg)
-        if save_anndata and self.adata is None:
-            msg = "save_anndata=True, but the model has no data"
-            raise ValueError(msg)
         state: dict[str, Any] = {
             "split": vars(self.split),
             "perturbed": {
@@ -106,22 +76,17 @@ class PerturbationSaving:
             state["network"] = {name: getattr(self.module, name) for name in options}
             tensors = {name: getattr(self.module, name) for name in ("ids", "places")}
             save_backbone = True
-        header = {
-            "format": FORMAT,
-            "scfm": version("scfm"),
-            "class": type(self).__name__,
-            "registry": encode(_without_tables(self.registry_)),
-            "attributes": {name: encode(getattr(self, name)) for name in _ATTRIBUTES},
-            "task": encode(state),
-        }
-        with new_directory(path.resolve(), overwrite=overwrite) as directory:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, directory / HEAD)
-            header["head_sha256"] = sha256(directory / HEAD)
-            if self.backbone is not None and save_backbone:
-                store.save_backbone(self.backbone, directory / _BACKBONE)
-            if save_anndata:
-                _write(self.adata, directory, **anndata_write_kwargs)
-            (directory / HEADER).write_text(json.dumps(header) + "\n", encoding="utf-8")
+        save_model(
+            self,
+            dir_path,
+            prefix,
+            state=state,
+            tensors=tensors,
+            backbone=self.backbone if save_backbone else None,
+            overwrite=overwrite,
+            save_anndata=save_anndata,
+            **anndata_write_kwargs,
+        )
 
     @classmethod
     def load(
@@ -155,25 +120,11 @@ class PerturbationSaving:
         ValueError
             If it is a model of another class, the data have other genes, or the foundation model is missing.
         """
-        header, registry = _read_header(cls, dir_path, prefix)
-        place, where = _place(dir_path, prefix), _device(accelerator, device)
-        if adata is None:
-            adata = _saved_data(place)
-        adata = None if adata is False else adata
-        if adata is not None:
-            cls.setup_anndata(adata, **registry[_SETUP_ARGS_KEY])
-        loaded = cls.__new__(cls)
-        BaseModelClass.__init__(loaded, adata, None if adata is not None else registry)
-        saved = registry[_FIELD_REGISTRIES_KEY][GENES_KEY][_STATE_REGISTRY_KEY][GeneField.NAMES]
-        if not np.array_equal(loaded.genes.astype(str), np.asarray(saved, dtype=str)):
-            msg = "the data have other genes, or another order of them, than the model; choose them with adata[:, model.genes]"
-            raise ValueError(msg)
-        state, tensors = _read_task(header, dir_path, prefix)
-        for name, value in decode(header["attributes"]).items():
-            setattr(loaded, name, value)
+        loaded, state, tensors = open_model(cls, dir_path, adata, prefix)
+        where = _device(accelerator, device)
         backbone = None
         if state["backbone"] is not None:
-            backbone = _saved_backbone(place / _BACKBONE, model, state["backbone"], where)
+            backbone = _saved_backbone(_place(dir_path, prefix) / BACKBONE, model, state["backbone"], where)
         loaded.split, loaded._rule = PerturbationSplit(**state["split"]), ExpressionRule(**state["rule"])
         loaded._cache = dict(CACHE)
         perturbed = state["perturbed"]

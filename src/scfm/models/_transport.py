@@ -22,7 +22,6 @@ from ..backbones._base import resolve_device
 from ..data import open_source
 from ..engine._options import options_for
 from ..genes import resolve_gene_names
-from ..metrics import transport_scores
 from ..tasks.panel_codec import CodecTraining, LinearCodec, PanelCodec, train_codec
 from ..tasks.transport import CodeScale, TransportMap, TransportTraining, start_from_identity, train_transport
 from ..train._adapters import changed
@@ -31,16 +30,16 @@ from ._backbone import own_copy
 from ._fields import GENES_KEY, GeneField
 from ._label_field import label_column
 from ._perturbation_data import ExpressionRule
-from ._plain_saving import BACKBONE, open_model, save_model
 from ._regulatory_network import ExpressionField
-from ._saving import _device, _place
+from ._saving import _device
 from ._split_column import PARTS, parts_of
 from ._training import joined, seed_or_default
+from ._transport_evaluation import TransportEvaluation
+from ._transport_saving import TransportSaving
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from typing import Self
 
     from scipy.sparse import csr_matrix
     from torch import Tensor
@@ -54,11 +53,9 @@ _POTENTIAL = (64, 64, 64, 64)
 _BLOCK = 512
 _FROZEN_RATE = 1e-3
 _SHOWN = 10
-# genes that are remembered for each treatment
-_MARKERS = 1000
 
 
-class ChemicalTransport(BaseModelClass):
+class ChemicalTransport(TransportEvaluation, TransportSaving, BaseModelClass):
     """Expression of single cells after a treatment, although no cell is measured twice: CellOT on any embedding of cells.
 
     Each cell gets a code from which its expression can be decoded. For each treatment two input-convex networks then learn how the
@@ -598,45 +595,6 @@ class ChemicalTransport(BaseModelClass):
             msg = "no treatment has cells to train on; look at split_key="
             raise ValueError(msg)
 
-    def _measure_shifts(
-        self, cells: Callable[[np.ndarray], Tensor], expression: csr_matrix, labels: np.ndarray, train: np.ndarray
-    ) -> None:
-        """What the baselines need: by how much the mean code and the mean expression change."""
-        means = {}
-        for name in (self._arguments["control"], *self._learned):
-            members = train[labels[train] == name]
-            code = self._codes(cells, members).double().mean(0).cpu().numpy()
-            means[name] = code, np.asarray(expression[members].mean(0), dtype=np.float64).ravel()
-        base = means[self._arguments["control"]]
-        self._marker_order = self._ranked(expression[train], labels[train])
-        self._shifts = {
-            name: tuple(np.float32(after - before) for after, before in zip(means[name], base, strict=True))
-            for name in self._learned
-        }
-
-    def _ranked(self, expression: csr_matrix, labels: np.ndarray) -> dict[str, np.ndarray]:
-        """Positions of the genes that each treatment changes most, by scanpy's t-test against the controls."""
-        from scanpy.tools import rank_genes_groups
-
-        control = self._arguments["control"]
-        used = np.flatnonzero(np.isin(labels, [control, *self._learned]))
-        cells = AnnData(
-            expression[used],
-            obs=pd.DataFrame({"treatment": pd.Categorical(labels[used])}, index=used.astype(str)),
-            var=pd.DataFrame(index=np.arange(expression.shape[1]).astype(str)),
-        )
-        cells.uns["log1p"] = {"base": None}
-        found = {}
-        for name in self._learned:
-            if (labels == name).sum() < 2 or (labels == control).sum() < 2:
-                found[name] = np.zeros(0, dtype=np.int64)
-                continue
-            rank_genes_groups(
-                cells, "treatment", groups=[name], reference=control, method="t-test", rankby_abs=True, n_genes=_MARKERS
-            )
-            found[name] = cells.uns["rank_genes_groups"]["names"][name].astype(np.int64)
-        return found
-
     # -- what it gives -----------------------------------------------------------------------------------------------
 
     def _ready(self) -> None:
@@ -695,7 +653,7 @@ class ChemicalTransport(BaseModelClass):
             raise ValueError(msg)
         return self.adata if adata is None else adata
 
-    def _moved(self, number: int, codes: Tensor, size: int) -> Tensor:
+    def _moved(self, number: int, codes: Tensor, size: int = _BLOCK) -> Tensor:
         transport, units = self.module["transports"][number], self.module["units"]
         parts = [units.back(transport(units(codes[i : i + size]))) for i in range(0, len(codes), size)]
         return torch.cat(parts) if parts else codes
@@ -771,197 +729,6 @@ class ChemicalTransport(BaseModelClass):
         """
         blocks = [block for _, _, block in self.iter_predictions(perturbation, control, batch_size)]
         return np.concatenate(blocks) if blocks else np.zeros((0, len(self.genes)), dtype=np.float32)
-
-    def evaluate(
-        self,
-        adata: AnnData | None = None,
-        *,
-        perturbations: Sequence[str] | None = None,
-        n_markers: int = 50,
-        groupby: str | None = None,
-    ) -> pd.DataFrame:
-        """Compare predictions with treated cells that were not trained on, beside what needs no transport.
-
-        Parameters
-        ----------
-        adata
-            Control and treated cells to test on; by default those that the split sets aside.
-        perturbations
-            Treatments; by default all.
-        n_markers
-            Number of the genes that the treatment changes most, found in the cells that were trained on.
-        groupby
-            Column of ``obs``, such as the cell type, to compare within each of its groups.
-
-        Returns
-        -------
-        Tidy table with the columns ``perturbation``, ``group``, ``method``, ``genes``, ``n_control``, ``n_treated`` and the scores
-        of :func:`scfm.metrics.transport_scores`. Methods are ``"transport"``; ``"latent shift"``, which moves all codes alike
-        (scGen); ``"mean shift"``, which adds the mean change of expression; ``"no change"``; and ``"decoded truth"``, the treated
-        cells after encoder and decoder, which no method with this codec can expect to beat.
-
-        Raises
-        ------
-        ValueError
-            If there are no cells to test on.
-        """
-        self._ready()
-        given = adata is not None
-        adata = self._own(adata)
-        rows = np.arange(adata.n_obs) if given else self.test_indices_
-        if rows is None or not len(rows):
-            msg = "no cells are set aside to test on; name a column with split_key=, use test_size=, or give adata="
-            raise ValueError(msg)
-        adata = adata[rows]
-        labels = label_column(adata, self._arguments["perturbation_key"]).fillna("").to_numpy(dtype=object)
-        groups = (
-            np.full(adata.n_obs, "all", dtype=object)
-            if groupby is None
-            else label_column(adata, groupby).fillna("").to_numpy()
-        )
-        cells, expression, known = self._cells(adata)
-        control = self._arguments["control"]
-        table = []
-        for name in self._learned if perturbations is None else perturbations:
-            number = self._number(name)
-            markers = self._marker_order[name][:n_markers]
-            for group in sorted(set(groups) - {""}):
-                inside = (groups == group) & known
-                before, after = (np.flatnonzero(inside & (labels == which)) for which in (control, name))
-                if not len(before) or not len(after):
-                    continue
-                predicted = self._methods(number, cells, expression, before, after)
-                observed = expression[after].toarray()
-                for method, values in predicted.items():
-                    for what, chosen in (("all", None), (f"top {len(markers)}", markers)):
-                        if chosen is not None and not len(chosen):
-                            continue
-                        scores = transport_scores(observed, values, genes=chosen)
-                        table.append((name, group, method, what, len(before), len(after), *scores.values()))
-        if not table:
-            msg = "the cells to test on hold no control and treated cells of one group"
-            raise ValueError(msg)
-        columns = ["perturbation", "group", "method", "genes", "n_control", "n_treated", "l2", "Pearson", "MMD"]
-        return pd.DataFrame(table, columns=columns)
-
-    @torch.no_grad()
-    def _methods(
-        self,
-        number: int,
-        cells: Callable[[np.ndarray], Tensor],
-        expression: csr_matrix,
-        before: np.ndarray,
-        after: np.ndarray,
-    ) -> dict[str, np.ndarray]:
-        """Predicted cells by method."""
-        codec, codes = self.module["codec"], self._codes(cells, before)
-        code_shift, shift = self._shifts[self._learned[number]]
-        unchanged = expression[before].toarray()
-        decoded = {
-            "transport": self._moved(number, codes, _BLOCK),
-            "latent shift": codes + self._tensor(code_shift),
-            "decoded truth": self._codes(cells, after),
-        }
-        out = {method: codec.decode(values).cpu().numpy() for method, values in decoded.items()}
-        truth = out.pop("decoded truth")
-        return out | {"mean shift": unchanged + shift, "no change": unchanged, "decoded truth": truth}
-
-    # -- saving ------------------------------------------------------------------------------------------------------
-
-    def save(
-        self,
-        dir_path: File,
-        prefix: str | None = None,
-        overwrite: bool = False,
-        save_anndata: bool = False,
-        **anndata_write_kwargs: Any,
-    ) -> None:
-        """Save the model to a directory, as JSON and safetensors, the foundation model included.
-
-        Parameters
-        ----------
-        dir_path, prefix, overwrite, save_anndata, anndata_write_kwargs
-            As in :meth:`FoundationModel.save`.
-
-        Raises
-        ------
-        FileExistsError
-            If the directory exists and may not be replaced.
-        RuntimeError
-            If the model is not trained.
-        ValueError
-            If ``save_anndata`` is set for a model without data.
-        """
-        self._ready()
-        state = {
-            "treatments": self._treatments.astype(str),
-            "learned": self._learned,
-            "shifts": {name: list(values) for name, values in self._shifts.items()},
-            "markers": self._marker_order,
-        }
-        save_model(
-            self,
-            dir_path,
-            prefix,
-            state=state,
-            tensors=self.module.state_dict(),
-            backbone=self.backbone,
-            overwrite=overwrite,
-            save_anndata=save_anndata,
-            **anndata_write_kwargs,
-        )
-
-    @classmethod
-    def load(
-        cls,
-        dir_path: File,
-        adata: AnnData | bool | None = None,
-        accelerator: str = "auto",
-        device: int | str = "auto",
-        prefix: str | None = None,
-    ) -> Self:
-        """Load a saved model.
-
-        Parameters
-        ----------
-        dir_path
-            The directory.
-        adata
-            Data to go on with, which need the same genes in the same order; by default those saved with the model, if any;
-            ``False`` for none.
-        accelerator, device, prefix
-            As in :meth:`FoundationModel.load`.
-
-        Raises
-        ------
-        CheckpointError
-            If a file is damaged or missing.
-        ValueError
-            If it is a model of another class, or the data have other genes.
-        """
-        model, state, tensors = open_model(cls, dir_path, adata, prefix)
-        where = _device(accelerator, device)
-        model._treatments = state["treatments"].astype(object)
-        model.backbone = None
-        if model._made["checkpoint"] is not None:
-            model.backbone = load(_place(dir_path, prefix) / BACKBONE, device=where, precision="float32")
-        if model._made["space"] == "pca":
-            codec: nn.Module = LinearCodec(tensors["codec.mean"], tensors["codec.components"])
-            width = len(tensors["codec.components"])
-        else:
-            codec = model._new_codec(tensors["codec.encoder.0.weight"].shape[1])
-            width = model._made["latent"]
-        model._start(codec)
-        model.module["units"] = CodeScale(tensors["units.centre"], tensors["units.scale"])
-        model._learned = list(state["learned"])
-        for _ in model._learned:
-            model.module["transports"].append(TransportMap(width, model._made["potential"]))
-        model.module.load_state_dict(tensors)
-        model.module.eval().requires_grad_(requires_grad=False)
-        model._shifts = {name: tuple(np.float32(part) for part in parts) for name, parts in state["shifts"].items()}
-        model._marker_order = dict(state["markers"])
-        model.to_device(where)
-        return model
 
     def to_device(self, device: str | int) -> None:
         """Move the networks and the foundation model, in place."""

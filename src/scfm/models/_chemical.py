@@ -25,10 +25,10 @@ from ..tasks.deepce import DeepCE, DeepCEConfig
 from ..tasks.deepce_fit import PUBLISHED, DeepCETraining, Signatures, predict_deepce, train_deepce
 from ..tasks.molecules import molecules_of
 from ..tasks.signatures import Categories
+from ._expression_field import ExpressionField
 from ._fields import GENES_KEY, GeneField
 from ._gene_table import gene_table
 from ._plain_saving import open_model, save_model
-from ._regulatory_network import ExpressionField
 from ._saving import _device
 from ._split_column import PARTS, parts_of
 from ._splits import split_by_group

@@ -28,6 +28,7 @@ from ..tasks.perturbation_pairs import PerturbationPairs
 from ._alignment import align
 from ._backbone import own_copy
 from ._control_states import cached_states, states_in_memory
+from ._expression_field import ExpressionField
 from ._fields import GENES_KEY, GeneField
 from ._perturbation_data import (
     ExpressionRule,
@@ -46,7 +47,6 @@ from ._perturbation_network import (
     recipe_of,
 )
 from ._perturbation_saving import CACHE, PerturbationSaving
-from ._regulatory_network import ExpressionField
 from ._saving import _device
 from ._training import joined, seed_or_default
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import save_file
 from scipy import sparse
 from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager
@@ -18,30 +15,18 @@ from scvi.model.base import BaseModelClass
 from tqdm.auto import trange
 
 from .. import _logging, engine
-from .._counts import CountStats
 from .._settings import settings
 from ..backbones import Backbone, load
 from ..backbones._base import resolve_device
-from ..checkpoints._files import new_directory, sha256
 from ..data import open_source
 from ..metrics import edges_from_matrix, network_scores
 from ..tasks.deepsem import INVERSES, DeepSEM, StandardExpression, refine
 from ._alignment import align
-from ._codec import decode, encode
-from ._fields import GENES_KEY, CountsField, GeneField
+from ._expression_field import ExpressionField
+from ._fields import GENES_KEY, GeneField
 from ._network_start import OF_DATA, OF_MODEL, Cells, scaled, start_of_data, start_of_model
-from ._saving import (
-    FORMAT,
-    HEAD,
-    HEADER,
-    _device,
-    _place,
-    _read_header,
-    _read_task,
-    _saved_data,
-    _without_tables,
-    _write,
-)
+from ._plain_saving import open_model, save_model
+from ._saving import _device
 from ._training import joined, seed_or_default
 
 if TYPE_CHECKING:
@@ -61,21 +46,6 @@ _READ_ROWS = 4096
 # largest row or column sum of a start, see scaled
 _BOUND = 0.9
 _GIVEN = "given"
-_ATTRIBUTES = ("is_trained_", "history_", "init_params_", "run_name_", "run_id_")
-
-
-class ExpressionField(CountsField):
-    """Expression on any scale in which zero means that nothing was measured."""
-
-    def validate_field(self, adata: AnnData) -> None:
-        """Raise ``ValueError`` for missing or infinite values, in a sample of the cells."""
-        stats = CountStats()
-        with open_source(adata, layer=self.attr_key) as source:
-            stats.update(source.read(0, min(source.n_obs, _READ_ROWS)))
-            where = source.where
-        if stats.n_nan or stats.n_infinite:
-            msg = f"{where} {stats.problem()}; take these cells or genes out first"
-            raise ValueError(msg)
 
 
 class RegulatoryNetwork(BaseModelClass):
@@ -500,28 +470,17 @@ class RegulatoryNetwork(BaseModelClass):
         ValueError
             If ``save_anndata`` is set for a network without data.
         """
-        path = _place(dir_path, prefix)
-        if overwrite and path.exists() and not (path / HEADER).is_file() and any(path.iterdir()):
-            msg = f"{path} holds something else than a saved model and is not replaced even with overwrite=True"
-            raise FileExistsError(msg)
-        if save_anndata and self.adata is None:
-            msg = "save_anndata=True, but the network has no data"
-            raise ValueError(msg)
         tensors = {f"module.{name}": tensor for name, tensor in self.module.state_dict().items()} | {"kept": self._kept}
-        header = {
-            "format": FORMAT,
-            "scfm": version("scfm"),
-            "class": type(self).__name__,
-            "registry": encode(_without_tables(self.registry_)),
-            "attributes": {name: encode(getattr(self, name)) for name in _ATTRIBUTES},
-            "task": encode({"tfs": self._tfs}),
-        }
-        with new_directory(path.resolve(), overwrite=overwrite) as directory:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, directory / HEAD)
-            header["head_sha256"] = sha256(directory / HEAD)
-            if save_anndata:
-                _write(self.adata, directory, **anndata_write_kwargs)
-            (directory / HEADER).write_text(json.dumps(header) + "\n", encoding="utf-8")
+        save_model(
+            self,
+            dir_path,
+            prefix,
+            state={"tfs": self._tfs},
+            tensors=tensors,
+            overwrite=overwrite,
+            save_anndata=save_anndata,
+            **anndata_write_kwargs,
+        )
 
     @classmethod
     def load(
@@ -551,30 +510,14 @@ class RegulatoryNetwork(BaseModelClass):
         ValueError
             If it is a model of another class, or the data have other genes.
         """
-        header, registry = _read_header(cls, dir_path, prefix)
-        if adata is None:
-            adata = _saved_data(_place(dir_path, prefix))
-        adata = None if adata is False else adata
-        if adata is not None:
-            cls.setup_anndata(adata, **registry[_SETUP_ARGS_KEY])
-        network = cls.__new__(cls)
-        BaseModelClass.__init__(network, adata, None if adata is not None else registry)
-        saved = registry[_FIELD_REGISTRIES_KEY][GENES_KEY][_STATE_REGISTRY_KEY][GeneField.NAMES]
-        if not np.array_equal(network.genes.astype(str), np.asarray(saved, dtype=str)):
-            msg = "the data have other genes, or another order of them, than the network; select them with adata[:, network.genes]"
-            raise ValueError(msg)
-        task, tensors = _read_task(header, dir_path, prefix)
-        attributes = decode(header["attributes"])
-        network._tfs = task["tfs"]
-        made = attributes["init_params_"]["non_kwargs"]
-        state = {name.removeprefix("module."): value for name, value in tensors.items() if name.startswith("module.")}
-        network._start(
-            state["adjacency"].numpy(), made["inverse"], made["hidden"], made["seed"], _device(accelerator, device)
-        )
-        network.module.load_state_dict(state)
+        network, state, tensors = open_model(cls, dir_path, adata, prefix)
+        network._tfs = state["tfs"]
+        made = network.init_params_["non_kwargs"]
+        weights = {name.removeprefix("module."): value for name, value in tensors.items() if name.startswith("module.")}
+        device = _device(accelerator, device)
+        network._start(weights["adjacency"].numpy(), made["inverse"], made["hidden"], made["seed"], device)
+        network.module.load_state_dict(weights)
         network._kept = tensors["kept"]
-        for name, value in attributes.items():
-            setattr(network, name, value)
         return network
 
     # -- looks -------------------------------------------------------------------------------------------------------

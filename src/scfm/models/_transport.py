@@ -27,10 +27,10 @@ from ..tasks.transport import CodeScale, TransportMap, TransportTraining, start_
 from ..train._adapters import changed
 from ._alignment import align
 from ._backbone import own_copy
+from ._expression_field import ExpressionField
 from ._fields import GENES_KEY, GeneField
 from ._label_field import label_column
 from ._perturbation_data import ExpressionRule
-from ._regulatory_network import ExpressionField
 from ._saving import _device
 from ._split_column import PARTS, parts_of
 from ._training import joined, seed_or_default

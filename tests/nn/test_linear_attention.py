@@ -21,6 +21,7 @@ from scfm.nn.linear_attention import (
     query_features,
     shared_maxima,
 )
+from scfm.nn.linear_attention_gradient import ragged_attention
 
 CELLS, HEADS, LENGTH, DIM, FEATURES = 3, 2, 23, 6, 10
 KEY_MAX = ["cell", "batch", "head"]
@@ -258,3 +259,79 @@ def test_a_missing_package_is_named_with_its_command(qkv, projection, monkeypatc
 def test_unknown_backend_is_named(qkv, projection):
     with pytest.raises(ValueError, match="backend must be one of scfm, performer-pytorch"):
         favor_attention(*qkv, projection, backend="flash")
+
+
+# -- with gradients, in steps --------------------------------------------------------------------------------------------
+
+
+def ragged(parts, lengths):
+    """Cells of different lengths, one after the other, as ``(tokens, heads, dim)``."""
+    return [torch.cat([cell[:, :n].transpose(0, 1) for cell, n in zip(part, lengths, strict=True)]) for part in parts]
+
+
+def padded_attention(q, k, v, projection, lengths, key_max):
+    """The same numbers by the definition, with autograd."""
+    cells = [part.split(lengths) for part in (q, k, v)]
+    padded = [torch.nn.utils.rnn.pad_sequence(part, batch_first=True).transpose(1, 2) for part in cells]
+    padding = torch.arange(max(lengths))[None] >= torch.tensor(lengths)[:, None]
+    out = favor_attention(*padded, projection, key_max=key_max, padding=padding).transpose(1, 2)
+    return out[~padding]
+
+
+@pytest.mark.parametrize("key_max", KEY_MAX)
+@settings(max_examples=10, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, LENGTH), min_size=3, max_size=3), scale=st.floats(0.1, 4), seed=st.integers(0, 99)
+)
+def test_gradients_in_steps_are_those_of_autograd(key_max, lengths, scale, seed):
+    parts = [draw(CELLS, HEADS, LENGTH, DIM, seed=seed + i, scale=scale) for i in range(3)]
+    projection = orthogonal_random_features(FEATURES, DIM, torch.Generator().manual_seed(7), torch.float64)
+    found = [part.requires_grad_() for part in ragged(parts, lengths)]
+    expected = [part.detach().clone().requires_grad_() for part in found]
+    with pytest.MonkeyPatch.context() as patch:
+        # a few steps for each cell
+        patch.setattr("scfm.nn.linear_attention_gradient.tokens_per_step", lambda *_: 4)
+        out = ragged_attention(*found, projection, lengths, key_max=key_max)
+        weight = draw(*out.shape, seed=seed + 9)
+        (out * weight).sum().backward()
+    theirs = padded_attention(*expected, projection, lengths, key_max)
+    (theirs * weight).sum().backward()
+    np.testing.assert_allclose(out.detach(), theirs.detach(), rtol=1e-9, atol=1e-12)
+    for ours, reference in zip(found, expected, strict=True):
+        bound = max(1e-9 * float(reference.grad.abs().max()), 1e-12)
+        np.testing.assert_allclose(ours.grad, reference.grad, rtol=1e-8, atol=bound)
+
+
+@pytest.mark.parametrize("key_max", KEY_MAX)
+def test_gradients_in_steps_by_differences(projection, key_max):
+    parts = [draw(2, 2, 4, DIM, seed=seed) for seed in range(3)]
+    small = [part.requires_grad_() for part in ragged(parts, [4, 3])]
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: ragged_attention(q, k, v, projection, [4, 3], key_max=key_max), small
+    )
+
+
+def test_steps_keep_types_and_are_exact_under_autocast(projection):
+    parts = ragged([draw(2, HEADS, 8, DIM, seed=seed).float() for seed in range(3)], [8, 5])
+    low = [part.bfloat16().requires_grad_() for part in parts]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = ragged_attention(*low, projection.float(), [8, 5])
+        out.float().square().sum().backward()
+    assert out.dtype == torch.bfloat16
+    exact = [part.detach().float().requires_grad_() for part in low]
+    expected = padded_attention(*exact, projection.float(), [8, 5], "cell")
+    expected.square().sum().backward()
+    torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-2)
+    for ours, reference in zip(low, exact, strict=True):
+        assert ours.grad.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.grad.float(), reference.grad, rtol=2e-2, atol=2e-2)
+
+
+def test_nothing_of_the_size_of_the_features_is_kept(projection):
+    n_tokens, n_features = 4000, 200
+    wide = orthogonal_random_features(n_features, DIM, torch.Generator().manual_seed(1))
+    parts = [draw(n_tokens, HEADS, DIM, seed=seed).float().requires_grad_() for seed in range(3)]
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        ragged_attention(*parts, wide, [n_tokens])
+    assert max(sizes) <= n_tokens * HEADS * DIM

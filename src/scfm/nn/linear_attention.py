@@ -71,14 +71,14 @@ def _half_square(x: Tensor) -> Tensor:
     return x.square().sum(-1, keepdim=True) * (x.shape[-1] ** -0.5 / 2)
 
 
-def _scaled(projection: Tensor) -> Tensor:
+def scaled(projection: Tensor) -> Tensor:
     """``c P``, never below float32: the exponents lose too much in bfloat16."""
     return projection.to(torch.promote_types(projection.dtype, torch.float32)) * projection.shape[-1] ** -0.25
 
 
 def query_features(q: Tensor, projection: Tensor) -> Tensor:
     """Positive random features of queries, each with its own maximum; shape ``(..., features)``."""
-    u, g = _exponents(q, _scaled(projection))
+    u, g = _exponents(q, scaled(projection))
     return (torch.exp(u - g - u.amax(-1, keepdim=True)) + EPSILON) * projection.shape[0] ** -0.5
 
 
@@ -101,7 +101,7 @@ def key_features(k: Tensor, projection: Tensor, *, key_max: KeyMax = "cell", pad
     Shape ``(cells, heads, length, features)``, float32 or better.
     """
     check_key_max(key_max)
-    u, g = _exponents(k, _scaled(projection))
+    u, g = _exponents(k, scaled(projection))
     seen = u if padding is None else u.masked_fill(padding[:, None, :, None], -math.inf)
     axes = {"cell": (1, 2, 3), "batch": (0, 1, 2, 3), "head": (2, 3)}[key_max]
     features = (torch.exp(u - g - seen.amax(axes, keepdim=True)) + EPSILON) * projection.shape[0] ** -0.5
@@ -162,6 +162,7 @@ def favor_attention(
     See Also
     --------
     KeySums : the same in pieces, for inference over long sequences.
+    scfm.nn.linear_attention_gradient.ragged_attention : the same in pieces, with gradients.
     """
     check_key_max(key_max)
     check_backend(backend)
@@ -181,24 +182,29 @@ def favor_attention(
         return ((phi_q @ context) / share).to(v.dtype)
 
 
-class _Scratch:
+class Scratch:
     """Memory that is used again: fresh pages for the exponents can cost more than the product that fills them."""
 
     def __init__(self) -> None:
         self._flat: Tensor | None = None
 
+    def take(self, *shape: int, like: Tensor) -> Tensor:
+        """An array of some shape, overwritten by the next call."""
+        size = math.prod(shape)
+        if self._flat is None or self._flat.numel() < size:
+            self._flat = like.new_empty(size)
+        return self._flat[:size].view(shape)
+
     def exponents(self, x: Tensor, scaled_projection: Tensor) -> tuple[Tensor, Tensor]:
         """As :func:`_exponents` for ``x`` of shape ``(tokens, heads, dim)``; the next call overwrites ``u``."""
         x = x.to(scaled_projection.dtype)
         rows, features = x.shape[0] * x.shape[1], len(scaled_projection)
-        if self._flat is None or self._flat.numel() < rows * features:
-            self._flat = x.new_empty(rows * features)
-        u = self._flat[: rows * features].view(rows, features)
+        u = self.take(rows, features, like=x)
         torch.mm(x.reshape(rows, x.shape[2]), scaled_projection.T, out=u)
         return u.view(*x.shape[:2], features), _half_square(x)
 
 
-def _step(x: Tensor, projection: Tensor) -> int:
+def tokens_per_step(x: Tensor, projection: Tensor) -> int:
     """Tokens whose features are made together."""
     return rows_per_step(x, x.shape[1] * len(projection), _STEP_PER_THREAD)
 
@@ -232,26 +238,26 @@ class KeySums:
     products: Tensor
     weights: Tensor
     values: Tensor
-    scratch: _Scratch
+    scratch: Scratch
     length: int = 0
 
     @classmethod
     def empty(cls, heads: int, projection: Tensor) -> KeySums:
         """Start with no keys; the (unscaled) ``projection`` decides device and type, at least float32."""
         features, dim = projection.shape
-        projection = _scaled(projection)
+        projection = scaled(projection)
         return cls(
             projection=projection,
             maximum=projection.new_full((heads,), -math.inf),
             products=projection.new_zeros(heads, features, dim),
             weights=projection.new_zeros(heads, features),
             values=projection.new_zeros(heads, dim),
-            scratch=_Scratch(),
+            scratch=Scratch(),
         )
 
     def add(self, k: Tensor, v: Tensor) -> None:
         """Add keys and values of some tokens, both of shape ``(tokens, heads, dim)``."""
-        step = _step(k, self.projection)
+        step = tokens_per_step(k, self.projection)
         for some_k, some_v in zip(k.split(step), v.split(step), strict=True):
             self._add(some_k, some_v)
 
@@ -287,23 +293,29 @@ class KeyContext:
     maximum: Tensor
     products: Tensor
     weights: Tensor
-    scratch: _Scratch
+    scratch: Scratch
 
     def __post_init__(self) -> None:
         # numerator and denominator come from one product
-        self._table = torch.cat([self.products, self.weights[..., None]], -1)
+        self.table = torch.cat([self.products, self.weights[..., None]], -1)
         # epsilon of the query features, taken out of the exponential and summed once for all queries
-        self._floor = EPSILON * self._table.sum(1, keepdim=True)
+        self._floor = EPSILON * self.table.sum(1, keepdim=True)
 
     def read(self, q: Tensor) -> Tensor:
         """Attention output of some queries; ``q`` and the result have shape ``(tokens, heads, dim)``."""
-        return torch.cat([self._read(some) for some in q.split(_step(q, self.projection))])
+        parts = [self._read(some) for some in q.split(tokens_per_step(q, self.projection))]
+        return torch.cat([out.to(q.dtype) for out, _ in parts])
 
-    def _read(self, q: Tensor) -> Tensor:
+    def read_with_share(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, float32 or better, and the sums of the weights by which it was divided, ``(tokens, heads, 1)``."""
+        parts = [self._read(some) for some in q.split(tokens_per_step(q, self.projection))]
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+    def _read(self, q: Tensor) -> tuple[Tensor, Tensor]:
         u, g = self.scratch.exponents(q, self.projection)
         phi = u.sub_(g.add_(u.amax(-1, keepdim=True))).exp_()
-        both = torch.baddbmm(self._floor, phi.transpose(0, 1), self._table).transpose(0, 1)
-        return (both[..., :-1] / both[..., -1:]).to(q.dtype)
+        both = torch.baddbmm(self._floor, phi.transpose(0, 1), self.table).transpose(0, 1)
+        return both[..., :-1] / both[..., -1:], both[..., -1:]
 
     def map(self, q: Tensor, k: Tensor) -> Tensor:
         """Attention weights of some queries to some of the keys that are in the sums.

@@ -22,6 +22,7 @@ from .linear_attention import (
     orthogonal_random_features,
     shared_maxima,
 )
+from .linear_attention_gradient import ragged_attention
 from .ragged import pad, unpad
 from .steps import rows_per_step
 
@@ -109,14 +110,20 @@ class PerformerLayer(nn.Module):
     def forward(self, x: Tensor, lengths: Sequence[int], key_max: KeyMax) -> Tensor:
         """Apply the layer to ``x`` of shape ``(tokens, dim)`` with everything in memory, for training."""
         h = self._normed(self.norm1, x)
-        heads = [pad(self.split_heads(linear(h)), lengths) for linear in (self.query, self.key, self.value)]
-        padding = heads[0][1]
-        q, k, v = (part.transpose(1, 2) for part, _ in heads)
-        attended = favor_attention(
-            q, k, v, self.projection, key_max=key_max, padding=padding, backend=self.backend
-        ).transpose(1, 2)
-        x = x + self.attention_dropout(self.out(unpad(attended, padding).flatten(1)))
+        heads = [self.split_heads(linear(h)) for linear in (self.query, self.key, self.value)]
+        if self.backend == "scfm":
+            attended = ragged_attention(*heads, self.projection, lengths, key_max=key_max)
+        else:
+            attended = self._attend_padded(heads, lengths, key_max)
+        x = x + self.attention_dropout(self.out(attended.flatten(1)))
         return x + self.linear2(self.ff_dropout(F.gelu(self.linear1(self._normed(self.norm2, x)))))
+
+    def _attend_padded(self, heads: Sequence[Tensor], lengths: Sequence[int], key_max: KeyMax) -> Tensor:
+        padded = [pad(part, lengths) for part in heads]
+        padding = padded[0][1]
+        q, k, v = (part.transpose(1, 2) for part, _ in padded)
+        attended = favor_attention(q, k, v, self.projection, key_max=key_max, padding=padding, backend=self.backend)
+        return unpad(attended.transpose(1, 2), padding)
 
     def key_sums(self, x: Tensor) -> KeySums:
         """Sums over the keys and values of one cell, ``x`` of shape ``(tokens, dim)``."""

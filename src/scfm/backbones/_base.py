@@ -1,19 +1,18 @@
-"""The contract of every backbone, and the registry of backbone classes."""
+"""The contract of every backbone."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 
 from .._errors import UnsupportedError
-from .._settings import Precision, settings
-from ._fine_tuning import FineTuning, ZeroShot
+from ._device import resolve_device, resolve_dtype
+from ._kinds import kinds_with
+from ._tasks import TaskMethods
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
     from torch import Tensor, nn
 
+    from .._settings import Precision
     from ..checkpoints.convert import LoadReport
     from ..genes import GeneMatch, GeneVocab
     from ._tokens import TokenBatch
@@ -41,8 +41,6 @@ CAPABILITIES = {
     "multiomics": "a network for several modalities",
     "perturbs": "responses to perturbations",
 }
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class GeneRows:
     values: Tensor
 
 
-class Backbone(ABC):
+class Backbone(TaskMethods, ABC):
     """A foundation model ready for inference.
 
     Built by :func:`scfm.load`. All methods are batched and give the same numbers for a cell whatever other cells
@@ -268,72 +266,20 @@ class Backbone(ABC):
         """
         return "counts"
 
-    def fine_tuning(self, task: str) -> FineTuning:
-        """How the paper fine-tunes for a task; override it where it does.
-
-        Tasks are ``"annotation"``, ``"integration"``, ``"multiomics"``, ``"gears"`` (GEARS on states of genes, whose form is the
-        ``objective``), ``"responses"`` (the network of :meth:`perturbing`) and ``"transport"`` (a code of each cell in which
-        treatments move it, whose widths are the ``objective``).
-        """
-        return FineTuning()
-
-    def normalized_input(self, totals: np.ndarray | None = None) -> dict[str, Any]:
-        """Options of the tokenizer for values that are ``log1p`` of counts per 10,000 already.
-
-        Parameters
-        ----------
-        totals
-            Counts of each cell, ``(cells,)``, where they are known.
-        """
-        return {}
-
-    @classmethod
-    def zero_shot(cls, task: str) -> ZeroShot:
-        """How the paper embeds for a task such as ``"integration"`` without training; override it where it says so."""
-        return ZeroShot()
-
-    def integration_config(self, n_batches: int) -> Any:
-        """Config of a network that can be fine-tuned for the integration of so many batches."""
-        msg = f"the authors of {self.kind} publish no fine-tuning for integration"
-        raise UnsupportedError(msg)
-
-    def tokenize_for_integration(
-        self,
-        counts: csr_matrix,
-        genes: Sequence[str] | np.ndarray | GeneMatch,
-        generator: torch.Generator,
-        **options: Any,
-    ) -> TokenBatch:
-        """Tokens as :meth:`integration_loss` expects them; ``options`` are those of :meth:`tokenize`."""
-        return self.tokenize(counts, genes, **options)
-
-    def config_with_classes(self, n_classes: int, head: str) -> Any:
-        """Config of a network that holds the classifier ``head``, one of ``class_heads``."""
-        msg = f"{self.kind} has no classifier of its own"
-        raise UnsupportedError(msg)
-
     def prepare(self, blocks: Any, match: GeneMatch, options: dict[str, Any]) -> dict[str, Any]:
         """Complete tokenizer options that depend on the whole data set; ``blocks`` yields CSR blocks."""
         return options
 
     # what a class says it can do in `capabilities`, it implements here
-    def _embed(self, tokens: TokenBatch, pooling: str, **options: Any) -> Tensor: ...  # noqa: B027
-    def _gene_embeddings(self) -> Tensor: ...  # noqa: B027
-    def _gene_states(self, tokens: TokenBatch, **options: Any) -> Any: ...  # noqa: B027
-    def _iter_gene_states(self, tokens: TokenBatch, genes: Tensor | None) -> Iterator[GeneRows]: ...  # noqa: B027
-    def _reconstruct(self, tokens: TokenBatch, **options: Any) -> Tensor: ...  # noqa: B027
-    def _iter_reconstruction(self, tokens: TokenBatch, genes: Tensor | None) -> Iterator[GeneRows]: ...  # noqa: B027
-    def _attention(self, tokens: TokenBatch, layer: int, **options: Any) -> Tensor: ...  # noqa: B027
-    def _cell_attention(self, tokens: TokenBatch, genes: Tensor | None, **options: Any) -> Tensor: ...  # noqa: B027
-    def _pretraining_loss(self, tokens: TokenBatch, generator: torch.Generator, **options: Any) -> Any: ...  # noqa: B027
-    def _class_logits(self, tokens: TokenBatch) -> tuple[Tensor, ...]: ...  # noqa: B027
-    def _class_logits_and_loss(self, tokens: TokenBatch, generator: Any, **options: Any) -> Any: ...  # noqa: B027
-    def _integration_loss(self, tokens: TokenBatch, generator: torch.Generator, **options: Any) -> Any: ...  # noqa: B027
-    def _multiomic(self, features: Mapping[str, Sequence[str]], **options: Any) -> Backbone: ...  # noqa: B027
-    def _multiomic_loss(self, tokens: TokenBatch, generator: torch.Generator, **options: Any) -> Any: ...  # noqa: B027
-    def _perturbing(self, *, seed: int, **options: Any) -> Backbone: ...  # noqa: B027
-    def _predict_perturbed(self, ids: Tensor, values: Tensor, flags: Tensor, **options: Any) -> Tensor: ...  # noqa: B027
-    def _perturbation_loss(self, *arrays: Tensor, **options: Any) -> Any: ...  # noqa: B027
+    def _embed(self, tokens: TokenBatch, pooling: str, **options: Any) -> Tensor: ...
+    def _gene_embeddings(self) -> Tensor: ...
+    def _gene_states(self, tokens: TokenBatch, **options: Any) -> Any: ...
+    def _iter_gene_states(self, tokens: TokenBatch, genes: Tensor | None) -> Iterator[GeneRows]: ...
+    def _reconstruct(self, tokens: TokenBatch, **options: Any) -> Tensor: ...
+    def _iter_reconstruction(self, tokens: TokenBatch, genes: Tensor | None) -> Iterator[GeneRows]: ...
+    def _attention(self, tokens: TokenBatch, layer: int, **options: Any) -> Tensor: ...
+    def _cell_attention(self, tokens: TokenBatch, genes: Tensor | None, **options: Any) -> Tensor: ...
+    def _pretraining_loss(self, tokens: TokenBatch, generator: torch.Generator, **options: Any) -> Any: ...
 
     def _cell_states(self, tokens: TokenBatch, pooling: str, **options: Any) -> Tensor:
         return self._embed(tokens, pooling, **options)
@@ -377,8 +323,8 @@ class Backbone(ABC):
     def require(self, capability: str) -> None:
         """Raise :class:`scfm.UnsupportedError` unless the model has ``capability``."""
         if capability not in self.capabilities:
-            able = [kind for kind in backbone_kinds() if _can(kind, capability)]
-            msg = f"{self.name} ({self.kind}) cannot give {CAPABILITIES.get(capability, capability)}. Models that can: {', '.join(able) or 'none'}."
+            able = ", ".join(kinds_with(lambda cls: capability in cls.capabilities)) or "none"
+            msg = f"{self.name} ({self.kind}) cannot give {CAPABILITIES.get(capability, capability)}. Models that can: {able}."
             raise UnsupportedError(msg)
 
     @torch.inference_mode()
@@ -523,181 +469,6 @@ class Backbone(ABC):
         self.require("embeds")
         return self._cell_states(tokens.to(self.device), self.check_pooling(pooling), **options)
 
-    def class_logits(self, tokens: TokenBatch) -> tuple[Tensor, ...]:
-        """Logits of the classifier that the network holds, with gradients if they are enabled.
-
-        Returns
-        -------
-        Tensors ``(cells, classes)``. Classes are predicted from the first; all of them are trained.
-
-        Raises
-        ------
-        UnsupportedError
-            If the network holds none.
-        """
-        self._need_classes()
-        return self._class_logits(tokens.to(self.device))
-
-    def class_logits_and_loss(
-        self, tokens: TokenBatch, generator: torch.Generator | None = None, **options: Any
-    ) -> tuple[tuple[Tensor, ...], Any]:
-        """Logits of cells of which some genes are hidden, and the loss of predicting these, from one forward pass.
-
-        Arguments are those of :meth:`pretraining_loss`. All cells have to be valid.
-
-        Raises
-        ------
-        UnsupportedError
-            If the network holds no classifier for which there is such a pass.
-        """
-        self._need_classes()
-        if self.config.class_head not in self.joint_heads:
-            heads = ", ".join(map(repr, self.joint_heads)) or "none"
-            msg = f"classes and hidden genes of {self.kind} cannot be learned in one pass with this head; heads that can: {heads}"
-            raise UnsupportedError(msg)
-        return self._class_logits_and_loss(tokens.to(self.device), generator, **options)
-
-    def _need_classes(self) -> None:
-        if not getattr(self.config, "n_classes", 0):
-            msg = f"{self.name} holds no classifier; see scfm.models.CellTypeClassifier"
-            raise UnsupportedError(msg)
-
-    def integration_loss(self, tokens: TokenBatch, generator: torch.Generator | None = None, **options: Any) -> Any:
-        """The loss with which the authors fine-tune for the integration of batches.
-
-        Parameters
-        ----------
-        tokens
-            Cells of :meth:`tokenize_for_integration`, all valid, with the number of the batch of each cell as
-            ``per_cell["batch"]`` for models that look at it.
-        generator
-            Source of the random part, on the CPU.
-        options
-            What the loss of the model takes.
-
-        Returns
-        -------
-        An object whose ``total`` is minimised.
-
-        Raises
-        ------
-        UnsupportedError
-            If the authors publish none.
-        """
-        if not self.integrates:
-            able = [kind for kind in backbone_kinds() if _integrates(kind)]
-            msg = f"the authors of {self.kind} publish no fine-tuning for integration; those of {', '.join(able)} do"
-            raise UnsupportedError(msg)
-        return self._integration_loss(tokens, generator, **options)
-
-    def multiomic(
-        self,
-        features: Mapping[str, Sequence[str]],
-        *,
-        n_layers: int | None = None,
-        n_batches: int = 0,
-        seed: int = 0,
-        continued: bool = False,
-    ) -> Backbone:
-        """Make a network for the features of several modalities around what the authors keep of this one.
-
-        Parameters
-        ----------
-        features
-            Names of the features of each modality. One that the vocabulary has keeps what the model knows about it.
-        n_layers
-            Layers of the new network; by default as the authors have it.
-        n_batches
-            Batches of the data that the network is told about; 0 for none.
-        seed
-            Seed of the fresh weights.
-        continued
-            This is such a network already: keep all the weights that fit.
-
-        Raises
-        ------
-        UnsupportedError
-            If there are no such networks of this kind.
-        ValueError
-            If a feature occurs twice, or ``n_layers`` makes no sense.
-        """
-        self.require("multiomics")
-        return self._multiomic(features, n_layers=n_layers, n_batches=n_batches, seed=seed, continued=continued)
-
-    def multiomic_loss(self, tokens: TokenBatch, generator: torch.Generator | None = None, **options: Any) -> Any:
-        """The loss with which the authors integrate modalities; everything as in :meth:`integration_loss`."""
-        self.require("multiomics")
-        return self._multiomic_loss(tokens, generator, **options)
-
-    @property
-    def perturbs_already(self) -> bool:
-        """Whether the network is one of :meth:`perturbing` already."""
-        return False
-
-    def perturbing(self, *, seed: int = 0, **options: Any) -> Backbone:
-        """Make a network that predicts responses to perturbations, around what the authors keep of this one.
-
-        Parameters
-        ----------
-        seed
-            Seed of the fresh weights.
-        options
-            Form of the network; see the documentation of the model.
-
-        Raises
-        ------
-        UnsupportedError
-            If there are no such networks of this kind.
-        """
-        self.require("perturbs")
-        return self._perturbing(seed=seed, **options)
-
-    @torch.inference_mode()
-    def predict_perturbed(self, ids: Tensor, values: Tensor, flags: Tensor, **options: Any) -> Tensor:
-        """Expression after perturbations, float32, ``(cells, genes)``.
-
-        Parameters
-        ----------
-        ids
-            Vocabulary ids of the genes, -1 for genes that the model does not know, ``(genes,)``.
-        values
-            Log-normalised expression of control cells, ``(cells, genes)``.
-        flags
-            1 where a gene is perturbed and 0 elsewhere, ``(cells, genes)``.
-        options
-            See the documentation of the model.
-
-        Raises
-        ------
-        UnsupportedError
-            If the network is none of :meth:`perturbing`.
-        """
-        return self._predict_perturbed(*self._perturbation_inputs(ids, values, flags), **options)
-
-    def perturbation_loss(self, ids: Tensor, values: Tensor, flags: Tensor, observed: Tensor, **options: Any) -> Any:
-        """The loss with which the authors learn responses, an object whose ``total`` is minimised.
-
-        Arguments are those of :meth:`predict_perturbed`, and the expression of perturbed cells, ``(cells, genes)``.
-        """
-        inputs = self._perturbation_inputs(ids, values, flags)
-        return self._perturbation_loss(*inputs, observed.to(self.device, self.dtype), **options)
-
-    def _perturbation_inputs(self, ids: Tensor, values: Tensor, flags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        self.require("perturbs")
-        if not self.perturbs_already:
-            msg = f"{self.name} is no network for perturbations yet; make one with .perturbing() and train it"
-            raise UnsupportedError(msg)
-        if values.shape != flags.shape or values.shape[1:] != ids.shape:
-            msg = f"ids {tuple(ids.shape)}, values {tuple(values.shape)} and flags {tuple(flags.shape)} do not fit together"
-            raise ValueError(msg)
-        ids = torch.where(ids < 0, self._unknown_id, ids)
-        return ids.to(self.device), values.to(self.device, self.dtype), flags.to(self.device).long()
-
-    @property
-    def _unknown_id(self) -> int:
-        """Entry that stands for genes that the vocabulary lacks."""
-        return self.vocab[self.specials[0]]
-
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Save weights, config, vocabulary and provenance to a directory that :func:`scfm.load` reads."""
         from ..checkpoints import store
@@ -739,71 +510,3 @@ class Backbone(ABC):
 def _renumbered(parts: Iterator[GeneRows], rows: Tensor | None) -> Iterator[GeneRows]:
     for part in parts:
         yield part if rows is None else replace(part, cells=rows[part.cells])
-
-
-def _can(kind: str, capability: str) -> bool:
-    try:
-        return capability in backbone_class(kind).capabilities
-    except (ImportError, AttributeError):  # a broken third-party package must not hide the real message
-        return False
-
-
-def _integrates(kind: str) -> bool:
-    try:
-        return backbone_class(kind).integrates
-    except (ImportError, AttributeError):
-        return False
-
-
-def resolve_device(device: str = "auto") -> torch.device:
-    """Turn ``"auto"`` into CUDA, MPS or CPU; check that a named device exists."""
-    if device == "auto":
-        device = settings.device
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        if torch.backends.mps.is_available():
-            return torch.device("mps")
-        return torch.device("cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError:
-        msg = f"unknown device {device!r}; use 'auto', 'cpu', 'cuda', 'cuda:1', 'mps' ..."
-        raise ValueError(msg) from None
-    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(resolved.type)
-    if available is not None and not available():
-        msg = f"device {device!r} was asked for, but torch sees no such device here; use device='cpu' or 'auto'"
-        raise ValueError(msg)
-    return resolved
-
-
-def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """Turn a precision name into a torch type; ``"auto"`` is float32 except on CUDA (bfloat16)."""
-    if precision not in get_args(Precision):
-        msg = f"unknown precision {precision!r}; use one of {', '.join(get_args(Precision))}"
-        raise ValueError(msg)
-    if precision == "auto":
-        precision = settings.precision
-    if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return _DTYPES[precision]
-
-
-@cache
-def _entry_points() -> dict[str, Any]:
-    return {point.name: point for point in entry_points(group="scfm.backbones")}
-
-
-def backbone_kinds() -> list[str]:
-    """Names of all installed backbone classes."""
-    return sorted(_entry_points())
-
-
-@cache
-def backbone_class(kind: str) -> type[Backbone]:
-    """The class registered under ``kind`` in the entry-point group ``scfm.backbones``."""
-    points = _entry_points()
-    if kind not in points:
-        msg = f"no backbone class {kind!r} is installed; there are {', '.join(sorted(points)) or 'none'}"
-        raise KeyError(msg)
-    return points[kind].load()

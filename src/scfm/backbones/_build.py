@@ -9,7 +9,8 @@ from torch.overrides import TorchFunctionMode
 
 from .._errors import CheckpointError
 from ..checkpoints.convert import LoadReport, check_against
-from ._base import Provenance, backbone_class
+from ._base import Provenance
+from ._kinds import backbone_class
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

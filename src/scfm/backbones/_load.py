@@ -17,8 +17,9 @@ from .._settings import settings
 from ..checkpoints import _registry, store
 from ..checkpoints._pins import pinned
 from ..checkpoints.fetch import fetch_files, show_licence
-from ._base import Backbone, Provenance, backbone_class, backbone_kinds
+from ._base import Backbone, Provenance
 from ._build import filled
+from ._kinds import backbone_class, backbone_kinds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

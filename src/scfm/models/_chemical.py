@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .. import _logging
 from .._settings import settings
-from ..backbones._base import resolve_device
+from ..backbones._device import resolve_device
 from ..baselines import random_gene_vectors
 from ..data import open_source
 from ..genes import resolve_gene_names

@@ -15,7 +15,7 @@ from sklearn.metrics import f1_score
 
 from .. import _logging
 from .._errors import CheckpointError
-from ..backbones._base import resolve_device
+from ..backbones._device import resolve_device
 from ..checkpoints._files import new_directory, read_json, recover, sha256
 from ..genes import AliasTable, GeneVocab
 from ..metrics import annotation_scores, gene_function_scores

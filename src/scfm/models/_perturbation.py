@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from .. import _keys, _logging, engine
 from .._settings import settings
 from ..backbones import Backbone, load
-from ..backbones._base import resolve_device
+from ..backbones._device import resolve_device
 from ..data import open_source
 from ..tasks.gears import coexpression_graph
 from ..tasks.perturbation_data import CONTROL, canonical, genes_of

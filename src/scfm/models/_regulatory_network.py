@@ -17,7 +17,7 @@ from tqdm.auto import trange
 from .. import _logging, engine
 from .._settings import settings
 from ..backbones import Backbone, load
-from ..backbones._base import resolve_device
+from ..backbones._device import resolve_device
 from ..data import open_source
 from ..metrics import edges_from_matrix, network_scores
 from ..tasks.deepsem import INVERSES, DeepSEM, StandardExpression, refine

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch.distributed.tensor import DTensor
 
-from ..backbones import from_config, load
-from ..backbones._base import backbone_class
+from ..backbones import backbone_class, from_config, load
 from ..checkpoints import store
 from ..genes import GeneVocab
 from ._coexpression import coexpression_vectors

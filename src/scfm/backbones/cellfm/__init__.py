@@ -12,7 +12,6 @@ from ... import _logging
 from ..._errors import UnsupportedError
 from ...genes import GeneMatch
 from .._base import Backbone, Checkpoint, GeneRows
-from .._fine_tuning import FineTuning
 from .._tokens import TokenBatch
 from . import checkpoint, tokenizer
 from .attention import Rank, attention_map, cls_attention, ranked
@@ -21,6 +20,7 @@ from .gene_list import PAD
 from .heads import CrossRetentionHead
 from .module import CellFM, runs
 from .outputs import arranged, mean_by_cell, without_invalid
+from .tasks import MAX_LENGTH, CellFMTasks
 from .tokenizer import Sampling, TokenDraws, TokenRules
 
 if TYPE_CHECKING:
@@ -38,12 +38,8 @@ __all__ = ["PRESETS", "CellFM", "CellFMBackbone", "CellFMConfig", "TokenDraws"]
 
 Forward = Literal["backbone", "root", "depths", "encoder"]
 
-_MAX_LENGTH = 2048
-# of networks on top of a small model
-_LEAST_WIDTH = 64
 
-
-class CellFMBackbone(Backbone):
+class CellFMBackbone(CellFMTasks, Backbone):
     """CellFM for inference; built by :func:`scfm.load`.
 
     A cell is the set of its expressed genes with log-normalised values, and a CLS token that stands for the cell.
@@ -123,101 +119,6 @@ class CellFMBackbone(Backbone):
         """Width of contextual gene embeddings."""
         return self.config.dim
 
-    # -- fine-tuning -------------------------------------------------------------------------------------------------
-
-    def fine_tuning(self, task: str) -> FineTuning:
-        """How the authors fine-tune."""
-        if task == "annotation":
-            return FineTuning(
-                optimization={"preset": "cellfm-tutorials"}, batch_size=16, max_epochs=30, min_cells=10, keep="last"
-            )
-        if task == "annotation with hidden genes":
-            return FineTuning(
-                optimization={
-                    "optimizer": "adamw",
-                    "learning_rate": 1e-4,
-                    "weight_decay": 1e-5,
-                    "clip": "norm",
-                    "clip_value": 1.0,
-                    "schedule": "steps",
-                    "gamma": 0.95,
-                    "unit": "epoch",
-                },
-                batch_size=16,
-                max_epochs=5,
-                train_only=(r"layers\.",),
-                min_cells=10,
-                keep="last",
-                objective={"mask_ratio": 0.5, "similarity": 0.8},
-            )
-        if task == "integration":
-            return FineTuning(
-                optimization={"preset": "cellfm-tutorials"},
-                batch_size=4,
-                max_epochs=30,
-                keep="last",
-                objective={"mask_ratio": 0.5, "zero_length": _MAX_LENGTH, "similarity": 0.8},
-            )
-        if task == "gears":
-            # 1536 to 1024 to 512 in the released models
-            hidden = max(_LEAST_WIDTH, self.config.dim // 3)
-            return FineTuning(
-                tokenize={"include_zeros": True, "unknown": "pad"},
-                optimization={"learning_rate": 5e-3},
-                batch_size=10,
-                accumulate=5,
-                max_epochs=15,
-                objective={"entry": "mlp", "entry_hidden": 2 * hidden, "hidden": hidden, "positions": "none"},
-            )
-        if task == "transport":
-            return FineTuning(
-                tokenize={"include_zeros": True, "unknown": "pad"},
-                optimization={"optimizer": "adam", "learning_rate": 1e-5},
-                batch_size=32,
-                max_epochs=100,
-                objective={"latent": 50, "hidden": 512, "potential": (512, 512, 512, 512)},
-            )
-        return super().fine_tuning(task)
-
-    def normalized_input(self, totals: np.ndarray | None = None) -> dict[str, Any]:
-        """Values as they are."""
-        return {"pre_normalized": True}
-
-    def integration_config(self, n_batches: int) -> CellFMConfig:
-        """The config with decoders of "is expressed"; the batch of a cell has no part in it."""
-        for decoder in ("gene", "cell"):
-            self.need_decoder(decoder)
-        return replace(self.config, has_zero_heads=True, has_zero_embedding=True)
-
-    def tokenize_for_integration(
-        self,
-        counts: csr_matrix,
-        genes: Sequence[str] | np.ndarray | GeneMatch,
-        generator: torch.Generator,
-        **options: Any,
-    ) -> TokenBatch:
-        """Tokens as for pre-training, with genes without expression to sample from."""
-        seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
-        return self.tokenize(
-            counts, genes, **({"sampling": "weighted", "with_unexpressed": True, "seed": seed} | options)
-        )
-
-    def _integration_loss(self, tokens: TokenBatch, generator: torch.Generator | None, **options: Any) -> Any:
-        return self._pretraining_loss(tokens, generator, **options)
-
-    def config_with_classes(self, n_classes: int, head: str) -> CellFMConfig:
-        """The config with a classifier: ``"retention"``, or ``"mlp"`` of the PyTorch port."""
-        return replace(self.config, class_head=head, n_classes=n_classes)
-
-    def _class_logits(self, tokens: TokenBatch) -> tuple[Tensor, ...]:
-        return tuple(logits for logits in self.module.classify(tokens) if logits is not None)
-
-    def _class_logits_and_loss(
-        self, tokens: TokenBatch, generator: torch.Generator | None, **options: Any
-    ) -> tuple[tuple[Tensor, ...], Any]:
-        loss = self._pretraining_loss(tokens, generator, **options)
-        return (self.module.head(loss.cell_states),), loss
-
     # -- tokens ------------------------------------------------------------------------------------------------------
 
     def tokenize(
@@ -225,7 +126,7 @@ class CellFMBackbone(Backbone):
         counts: csr_matrix,
         genes: Sequence[str] | np.ndarray | GeneMatch,
         *,
-        max_length: int | None = _MAX_LENGTH,
+        max_length: int | None = MAX_LENGTH,
         sampling: Sampling = "largest",
         pre_normalized: bool = False,
         include_zeros: bool = False,
@@ -359,7 +260,7 @@ class CellFMBackbone(Backbone):
     # -- outputs -----------------------------------------------------------------------------------------------------
 
     def _embed(
-        self, tokens: TokenBatch, pooling: str, *, forward: Forward = "backbone", padded_length: int = _MAX_LENGTH
+        self, tokens: TokenBatch, pooling: str, *, forward: Forward = "backbone", padded_length: int = MAX_LENGTH
     ) -> Tensor:
         """Cell embeddings ``(cells, dim)``: the CLS state, or the mean of the gene states.
 
@@ -463,7 +364,7 @@ class CellFMBackbone(Backbone):
         average_heads: bool = True,
         rank: Rank = False,
         include_cls: bool | None = None,
-        padded_length: int = _MAX_LENGTH,
+        padded_length: int = MAX_LENGTH,
     ) -> Tensor:
         """Scores ``ReLU(q) ReLU(k)^T / width`` of one layer, float32.
 
@@ -512,7 +413,7 @@ class CellFMBackbone(Backbone):
         *,
         layer: int | None = None,
         rank: Rank = True,
-        padded_length: int = _MAX_LENGTH,
+        padded_length: int = MAX_LENGTH,
     ) -> Tensor:
         """As :meth:`class_attention`; without a class head, or in a chosen layer, what CLS looks at in the encoder."""
         _check_rank(rank)
@@ -555,7 +456,7 @@ class CellFMBackbone(Backbone):
         *,
         average_heads: bool = True,
         rank: Rank = True,
-        padded_length: int = _MAX_LENGTH,
+        padded_length: int = MAX_LENGTH,
     ) -> Tensor:
         """What the class head of a fine-tuned file looks at: attention of CLS to the genes in its last layer.
 
@@ -609,7 +510,7 @@ class CellFMBackbone(Backbone):
             msg = f"{self.name} has no class head; load a file that was fine-tuned for classification"
             raise UnsupportedError(msg)
 
-    def _sequences(self, tokens: TokenBatch, forward: Forward, padded_length: int = _MAX_LENGTH) -> Sequences:
+    def _sequences(self, tokens: TokenBatch, forward: Forward, padded_length: int = MAX_LENGTH) -> Sequences:
         if forward not in get_args(Forward):
             msg = f"forward must be one of {', '.join(map(repr, get_args(Forward)))}; got {forward!r}"
             raise ValueError(msg)

@@ -11,15 +11,14 @@ import torch.nn.functional as F
 
 from ..._errors import UnsupportedError
 from ...genes import GeneMatch
-from ...nn.attention import attention_weights
-from ...nn.ranks import rank_normalize
 from .._base import Backbone, Checkpoint, GeneRows
-from .._fine_tuning import FineTuning
 from .._tokens import TokenBatch
-from . import checkpoint, generation, modality, perturbation, tokenizer
+from . import checkpoint, generation, modality, tokenizer
+from .attention import SCGPTAttention
 from .config import PRESETS, SCGPTConfig
 from .heads import Decoded, MVCDecoder, elastic_cell_similarity
 from .module import SCGPT
+from .tasks import SCGPTTasks
 from .tokenizer import TieBreak, TokenDraws
 
 if TYPE_CHECKING:
@@ -30,12 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ...genes import GeneVocab
-    from .._base import Genes
 
-# the rate falls after every epoch
-_DECAY = {"schedule": "steps", "unit": "epoch", "step_size": 1, "gamma": 0.9}
-# layers of the network for several modalities, and the tensors of a pre-trained one that it starts from
-_MULTIOMIC_LAYERS, _MULTIOMIC_KEPT = 4, (r"genes\.embedding\.weight", r"genes\.norm\.weight")
 # cells whose genes are decoded from their embedding at once
 _CELLS_PER_STEP = 8
 
@@ -76,7 +70,7 @@ class SCGPTOutput:
     similarity_loss: Tensor
 
 
-class SCGPTBackbone(Backbone):
+class SCGPTBackbone(SCGPTTasks, SCGPTAttention, Backbone):
     """scGPT for inference; built by :func:`scfm.load`.
 
     A cell is the set of its expressed genes: gene symbol plus the quantile bin of its value among the cell's own
@@ -184,179 +178,6 @@ class SCGPTBackbone(Backbone):
     def expected_values(self, options: Mapping[str, Any]) -> Literal["any"]:
         """Bins depend on the order of the values in a cell only, so that normalised values serve, too."""
         return "any"
-
-    # -- fine-tuning -------------------------------------------------------------------------------------------------
-
-    def fine_tuning(self, task: str) -> FineTuning:
-        """How the authors fine-tune."""
-        if task == "annotation":
-            return FineTuning(
-                tokenize={"cls_value": 0.0},
-                optimization={"optimizer": "adam", "learning_rate": 1e-4} | _DECAY,
-                batch_size=32,
-                max_epochs=10,
-            )
-        if task == "integration":
-            return FineTuning(
-                # all the chosen genes, zeros included
-                tokenize={"cls_value": 0.0, "include_zeros": True, "max_length": len(self.vocab) + 1},
-                optimization={"optimizer": "adam", "learning_rate": 1e-4} | _DECAY,
-                batch_size=64,
-                max_epochs=15,
-                monitor="gep",
-                n_top_genes=1200,
-                by_batch=True,
-            )
-        if task == "multiomics":
-            has_proteins = "protein" in (name.lower() for name in self.config.modalities)
-            return FineTuning(
-                tokenize={"cls_value": 0.0, "include_zeros": not has_proteins, "max_length": 4001},
-                optimization={"optimizer": "adam", "learning_rate": 1e-3} | _DECAY | {"gamma": 0.95},
-                batch_size=16,
-                max_epochs=25,
-                monitor="gep",
-                objective={"mask_ratio": 0.4, "ecs_weight": 0.0, "dar_weight": 1.0},
-                n_top_genes=1200,
-            )
-        if task == "gears":
-            # an extension of scfm: all genes have states, zeros included
-            return FineTuning(tokenize={"include_zeros": True, "max_length": len(self.vocab) + 1})
-        if task == "responses":
-            return FineTuning(
-                optimization={"optimizer": "adam", "learning_rate": 1e-4} | _DECAY,
-                batch_size=64,
-                max_epochs=15,
-                monitor="Pearson",
-                objective={"most_genes": 1536, "patience": 10},
-            )
-        return super().fine_tuning(task)
-
-    def _perturbing(
-        self,
-        *,
-        seed: int,
-        decoder: Literal["affine", "mlp"] = "affine",
-        activation: str = "",
-        adaptive: bool = False,
-        mvc: bool = False,
-        frozen_flag: int | None = 0,
-        input_bins: int = 0,
-        dropout: float = 0.0,
-    ) -> SCGPTBackbone:
-        """Upstream keeps what embeds genes and values, and the layers; ``"mlp"`` is the network of the preprint."""
-        from .._rebuild import rebuilt
-
-        if decoder not in ("affine", "mlp"):
-            msg = f"decoder must be 'affine' or 'mlp'; got {decoder!r}"
-            raise ValueError(msg)
-        if self.config.value_style == "category" and not input_bins:
-            msg = f"{self.name} embeds bins, not values; give input_bins={self.config.n_bins}"
-            raise ValueError(msg)
-        config = replace(
-            self.config,
-            dropout=dropout,
-            input_norm="none" if decoder == "affine" else "batchnorm",
-            n_batches=0,
-            use_batch_labels=False,
-            explicit_zeros=False,
-            mvc="inner product" if mvc else None,
-            n_classes=0,
-            discriminator=False,
-            query_flag=False,
-            multiomic=False,
-            modalities=(),
-            perturbation_flags=3,
-            frozen_flag=frozen_flag,
-            affine_decoder=decoder == "affine",
-            decoder_activation=activation,
-            adaptive_shift=adaptive,
-            input_bins=input_bins,
-        )
-        kept = [r"genes\..+", r"layers\..+", *([r"values\..+"] if self.module.values is not None else [])]
-        return rebuilt(self, config, seed=seed, include=kept)
-
-    @property
-    def perturbs_already(self) -> bool:
-        """Whether the network is one for responses to perturbations, such as a fine-tuned file."""
-        return self.config.perturbation_flags > 0
-
-    def _predict_perturbed(self, ids: Tensor, values: Tensor, flags: Tensor, **options: Any) -> Tensor:
-        return perturbation.predict_responses(self, ids, values, flags, **options)
-
-    def _perturbation_loss(
-        self, ids: Tensor, values: Tensor, flags: Tensor, observed: Tensor, **options: Any
-    ) -> perturbation.ResponseLoss:
-        return perturbation.response_loss(self, ids, values, flags, observed, **options)
-
-    def config_with_classes(self, n_classes: int, head: str) -> SCGPTConfig:
-        """The config with a classifier on the state of ``<cls>``."""
-        return replace(self.config, n_classes=n_classes)
-
-    def integration_config(self, n_batches: int) -> SCGPTConfig:
-        """The config with batch labels, a normalisation for each batch, explicit zeros and the batch classifier."""
-        return replace(
-            self.config,
-            n_batches=n_batches,
-            use_batch_labels=True,
-            input_norm="dsbn",
-            explicit_zeros=True,
-            discriminator=True,
-            mvc=self.config.mvc if (self.config.mvc or "").startswith("inner product") else "inner product",
-            ecs_threshold=0.8,
-        )
-
-    def _integration_loss(self, tokens: TokenBatch, generator: torch.Generator | None, **options: Any) -> Any:
-        from .finetune import finetune_loss
-
-        return finetune_loss(self, tokens, generator, **options)
-
-    def _multiomic(
-        self,
-        features: Mapping[str, Sequence[str]],
-        *,
-        n_layers: int | None,
-        n_batches: int,
-        seed: int,
-        continued: bool,
-    ) -> SCGPTBackbone:
-        """Upstream keeps the gene table and the weight of its LayerNorm, and no other layer."""
-        from .._rebuild import rebuilt
-
-        if n_layers is None:
-            n_layers = self.config.n_layers if continued else min(_MULTIOMIC_LAYERS, self.config.n_layers)
-        if n_layers < 1:
-            msg = f"n_layers must be positive; got {n_layers}"
-            raise ValueError(msg)
-        config = replace(
-            self.config,
-            n_layers=n_layers,
-            n_batches=n_batches,
-            use_batch_labels=n_batches > 0,
-            discriminator=n_batches > 0,
-            input_norm="none",
-            explicit_zeros=False,
-            mvc=self.config.mvc or "inner product",
-            n_classes=0,
-            multiomic=True,
-            modalities=modality.modality_names(features),
-        )
-        vocab = modality.multiomic_vocab(self.vocab, features)
-        backbone = rebuilt(self, config, vocab=vocab, seed=seed, include=None if continued else _MULTIOMIC_KEPT)
-        backbone.set_modalities(features)
-        return backbone
-
-    def _multiomic_loss(self, tokens: TokenBatch, generator: torch.Generator | None, **options: Any) -> Any:
-        from .finetune import finetune_loss
-
-        return finetune_loss(self, tokens, generator, **options)
-
-    def _class_logits(self, tokens: TokenBatch) -> tuple[Tensor, ...]:
-        _, x, padding = self._inputs(tokens)
-        return (self.module.classifier(self.module.encode(x, padding)[:, 0]),)
-
-    def _cell_states(self, tokens: TokenBatch, pooling: str) -> Tensor:
-        _, x, padding = self._inputs(tokens)
-        return self._pool(tokens, self.module.encode(x, padding), pooling)
 
     # -- tokens ------------------------------------------------------------------------------------------------------
 
@@ -712,77 +533,6 @@ class SCGPTBackbone(Backbone):
         values = _choose(decoded, output, generator)
         return values if tokens.is_rectangular else values.masked_fill(tokens.padding, torch.nan)
 
-    def _attention(
-        self,
-        tokens: TokenBatch,
-        layer: int,
-        *,
-        genes: Genes | None = None,
-        scores: Literal["softmax", "raw"] | None = None,
-        average_heads: bool = True,
-        rank: bool = False,
-    ) -> Tensor:
-        """Attention of one layer, ``(cells, queries, keys)`` or ``(cells, heads, queries, keys)``, float32.
-
-        Parameters
-        ----------
-        tokens
-            Token batch.
-        layer
-            Layer, counted from the end if negative.
-        genes
-            Names or ids that choose rows and columns, NaN where a cell has no such token; all tokens in their order by
-            default.
-        scores
-            Softmax weights (the default), or the raw products of queries and keys (the default for ranks).
-        average_heads
-            Mean over heads.
-        rank
-            Replace scores by their ranks among the keys of a cell, and these by their ranks among the queries, as
-            scGPT does for regulatory networks.
-        """
-        places = self.gene_ids(genes)
-        scores = scores or ("raw" if rank else "softmax")
-        q, k, padding = self._queries_and_keys(tokens, layer)
-        if scores == "raw":
-            weights = (q.float() @ k.float().transpose(-1, -2)).masked_fill(tokens.padding[:, None, None, :], torch.nan)
-        else:
-            weights = attention_weights(q, k, padding)
-        if rank:
-            weights = _ranked(weights, tokens.lengths.tolist())
-        weights = weights.mean(1) if average_heads else weights
-        return weights if places is None else _chosen(weights, tokens, places)
-
-    def _cell_attention(self, tokens: TokenBatch, genes: Tensor | None, *, layer: int = -1) -> Tensor:
-        """Ranks of the genes among the products of the query of ``<cls>`` with their keys, averaged over heads."""
-        if bool((tokens.flat_ids[tokens.offsets[:-1]] != self.cls_id).any()):
-            msg = "these cells do not begin with <cls>; leave append_cls=True"
-            raise ValueError(msg)
-        q, k, _ = self._queries_and_keys(tokens, layer)
-        scores = (q[:, :, :1].float() @ k.float().transpose(-1, -2)).squeeze(2)
-        ranks = rank_normalize(scores[..., 1:].masked_fill(tokens.padding[:, None, 1:], torch.nan)).mean(1)
-        if genes is None:
-            return ranks
-        columns = torch.full((len(self.vocab),), len(genes), device=genes.device)
-        columns[genes] = torch.arange(len(genes), device=genes.device)
-        # what is not wanted, and padding, goes into a column that is cut off
-        place = columns[tokens.ids[:, 1:]].masked_fill(tokens.padding[:, 1:], len(genes))
-        out = torch.full((len(tokens), len(genes) + 1), torch.nan, device=ranks.device)
-        return out.scatter_(1, place, ranks)[:, :-1]
-
-    def _queries_and_keys(self, tokens: TokenBatch, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Queries and keys of a layer, ``(cells, heads, length, dim)``, and the padding."""
-        n_layers = len(self.module.layers)
-        if not -n_layers <= layer < n_layers:
-            msg = f"this model has layers 0 to {n_layers - 1}; got {layer}"
-            raise ValueError(msg)
-        _, x, padding = self._inputs(tokens)
-        for block in self.module.layers[: layer % n_layers]:
-            x = block(x, padding)
-        block = self.module.layers[layer]
-        q, k, _ = block.project(block.norm1(x) if block.pre_norm else x)
-        return q, k, padding
-
     # -- generation --------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -816,27 +566,6 @@ class SCGPTBackbone(Backbone):
         from .objective import generative_loss
 
         return generative_loss(self, tokens, generator, **options)
-
-
-def _ranked(weights: Tensor, lengths: list[int]) -> Tensor:
-    """Ranks among keys, then among queries, of each cell; NaN at padding."""
-    out = torch.full_like(weights, torch.nan)
-    for some, target, n in zip(weights, out, lengths, strict=True):
-        # ranks of different queries are equal all the time; only torch's own order of equals is the one of upstream,
-        # and it depends on the length, so that padding must not take part
-        rows = rank_normalize(some[:, :n, :n], -1)
-        target[:, :n, :n] = rank_normalize(rows, -2, stable=False)
-    return out
-
-
-def _chosen(weights: Tensor, tokens: TokenBatch, ids: Tensor) -> Tensor:
-    """Rows and columns of some genes, NaN where a cell has no token of them."""
-    found = (tokens.ids[:, None] == ids[:, None]) & ~tokens.padding[:, None]
-    there, place = found.any(-1), found.int().argmax(-1)
-    if weights.ndim == 4:
-        there, place = there[:, None], place[:, None]
-    rows = weights.take_along_dim(place[..., :, None], -2).take_along_dim(place[..., None, :], -1)
-    return rows.masked_fill(~(there[..., :, None] & there[..., None, :]), torch.nan)
 
 
 def _domain(tokens: TokenBatch) -> Tensor | None:

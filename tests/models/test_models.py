@@ -249,6 +249,20 @@ def test_repr_says_what_the_model_is(trained, capsys):
     assert "genes State Registry" in capsys.readouterr().out
 
 
+def test_the_setup_is_shown_for_names_with_dots(capsys, tmp_path):
+    names = ["CD3D", "CD79A", "AL669831.5", "HLA.DRA"]
+    adata = anndata.AnnData(
+        sparse.csr_matrix(np.eye(4, dtype=np.float32)[[0, 1, 2, 3, 0, 1]]), var=pd.DataFrame(index=names)
+    )
+    scfm.models.SCGPT.setup_anndata(adata)
+    model = scfm.models.SCGPT(adata, checkpoint="scgpt-mini", device="cpu")
+    model.save(tmp_path / "model", save_anndata=True)
+    for one in (model, scfm.models.SCGPT.load(tmp_path / "model", accelerator="cpu")):
+        one.view_anndata_setup()
+        assert "genes State Registry" in capsys.readouterr().out
+        assert one.adata_manager.summary_stats.n_vars == 4
+
+
 # -- inputs ------------------------------------------------------------------------------------------------------------
 
 

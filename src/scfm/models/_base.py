@@ -19,7 +19,7 @@ from .. import _logging
 from ..train._plan import PretrainingPlan
 from ._alignment import align
 from ._backbone import load_backbone, new_backbone
-from ._fields import GENES_KEY, CountsField, GeneField
+from ._fields import GENES_KEY, CountsField, GeneField, MatchedNames
 from ._module import FoundationModule
 from ._representations import RepresentationMixin
 from ._saving import SavingMixin
@@ -124,6 +124,7 @@ class FoundationModel(SavingMixin, RepresentationMixin, BaseModelClass):
             self._register_manager_for_instance(self._adata_manager)
             self.registry_ = self._adata_manager._registry
         genes = self.registry_[_FIELD_REGISTRIES_KEY][GENES_KEY][_STATE_REGISTRY_KEY]
+        genes[GeneField.MATCHED] = MatchedNames(genes[GeneField.MATCHED])
         self.backbone = make(genes)
         self.module = FoundationModule(self.backbone)
         self.from_scratch_ = self._is_training = False
@@ -207,7 +208,7 @@ class FoundationModel(SavingMixin, RepresentationMixin, BaseModelClass):
         registry = self.get_anndata_manager(adata, required=True).registry
         state = registry[_FIELD_REGISTRIES_KEY][GENES_KEY][_STATE_REGISTRY_KEY]
         # scvi-tools forgets what was matched when it registers data once more
-        state[GeneField.MATCHED] = {**self._matched, **state[GeneField.MATCHED]}
+        state[GeneField.MATCHED] = MatchedNames({**self._matched, **state[GeneField.MATCHED]})
         return align(self.backbone.vocab, state, registry[_SETUP_ARGS_KEY]["aliases"])
 
     def _check_genes(self, adata: AnnData) -> None:

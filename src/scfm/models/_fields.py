@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import UserDict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,6 +57,10 @@ class CountsField(LayerField):
     def transfer_field(self, state_registry: dict[str, Any], adata_target: AnnData, **kwargs: Any) -> dict[str, Any]:
         """Register the counts of other data, whatever genes these have."""
         return self.register_field(adata_target)
+
+
+class MatchedNames(UserDict):
+    """What each name of a gene was taken for. It is no ``dict``, because scvi-tools allows no dots in the keys of those."""
 
 
 class GeneField(BaseAnnDataField):
@@ -114,12 +119,12 @@ class GeneField(BaseAnnDataField):
             self.ENSEMBL_IDS: names.ensembl_ids,
             self.SYMBOLS_FROM: names.symbols_from,
             self.IDS_FROM: names.ids_from,
-            self.MATCHED: {},
+            self.MATCHED: MatchedNames(),
         }
 
     def transfer_field(self, state_registry: dict[str, Any], adata_target: AnnData, **kwargs: Any) -> dict[str, Any]:
         """Names of other data, with what names were matched before."""
-        return {**self.register_field(adata_target), self.MATCHED: dict(state_registry[self.MATCHED])}
+        return {**self.register_field(adata_target), self.MATCHED: MatchedNames(state_registry[self.MATCHED])}
 
     def get_summary_stats(self, state_registry: dict[str, Any]) -> dict[str, int]:
         """Nothing beyond what the counts tell."""

@@ -21,7 +21,7 @@ from ..tasks.integration import BATCH
 from ..tasks.multiomics import MultiomicLearner
 from ._base import _MIN_GENE_SHARE
 from ._batch_field import batch_codes
-from ._fields import GENES_KEY, GeneField
+from ._fields import GENES_KEY, GeneField, MatchedNames
 from ._integrator import split_within
 from ._multiome_data import KINDS, RNA, Modalities, find_modalities, measured, open_joint, read_mudata, require_mudata
 from ._multiome_features import FeatureChoice, choose_features, feature_labels, match_features, note_new_genes
@@ -304,7 +304,7 @@ class MultiomeIntegrator(TaskModel):
         if self.feature_choice is None or manager.id in self._checked:
             return
         state = self._gene_state(mdata)
-        state[GeneField.MATCHED] = {**self._matched, **state[GeneField.MATCHED]}
+        state[GeneField.MATCHED] = MatchedNames({**self._matched, **state[GeneField.MATCHED]})
         self._found(mdata, state)
         self._checked.add(manager.id)
 

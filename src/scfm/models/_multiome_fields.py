@@ -12,7 +12,7 @@ from scvi.data.fields import BaseAnnDataField
 
 from .. import _logging
 from ._batch_field import BatchField, batch_names
-from ._fields import GENES_KEY, CountsField, GeneField
+from ._fields import GENES_KEY, CountsField, GeneField, MatchedNames
 from ._multiome_data import RNA, check_linked, rows_of
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class ModalitiesField(BaseAnnDataField):
             genes = self._genes.transfer_field(state_registry, present[RNA])
         else:
             empty = {GeneField.NAMES: np.zeros(0, dtype=object), GeneField.ENSEMBL_IDS: None}
-            genes = {**state_registry, **empty, GeneField.MATCHED: dict(state_registry[GeneField.MATCHED])}
+            genes = {**state_registry, **empty, GeneField.MATCHED: MatchedNames(state_registry[GeneField.MATCHED])}
         return {**genes, **self._sizes(mdata)}
 
     def _sizes(self, mdata: MuData) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from ..tasks.signatures import Categories
 from ._expression_field import ExpressionField
 from ._fields import GENES_KEY, GeneField
 from ._gene_table import gene_table
-from ._plain_saving import open_model, save_model
+from ._plain_saving import PlainSaving
 from ._saving import _device
 from ._split_column import PARTS, parts_of
 from ._splits import split_by_group
@@ -37,7 +37,9 @@ from ._training import joined, seed_or_default
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Mapping, Sequence
-    from typing import Self
+    from pathlib import Path
+
+    from torch import Tensor
 
     from ..backbones import Backbone
     from ..tasks.deepce_fit import Monitor
@@ -54,7 +56,7 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _PAPER_NETWORK = {"dim": 512, "hidden": 648, "convolutions": (128, 128, 128)}
 
 
-class ChemicalPerturbation(BaseModelClass):
+class ChemicalPerturbation(PlainSaving, BaseModelClass):
     """Expression signature of a drug at a dose in a cell line, also for drugs that were never measured.
 
     This is DeepCE with the changes of scLong: a network on the graph of the molecule gives a vector for each atom, genes look at
@@ -518,84 +520,26 @@ class ChemicalPerturbation(BaseModelClass):
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
-    def save(
-        self,
-        dir_path: File,
-        prefix: str | None = None,
-        overwrite: bool = False,
-        save_anndata: bool = False,
-        **anndata_write_kwargs: Any,
-    ) -> None:
-        """Save the model to a directory, as JSON and safetensors.
-
-        Parameters
-        ----------
-        dir_path, prefix, overwrite, save_anndata, anndata_write_kwargs
-            As in :meth:`FoundationModel.save`.
-
-        Raises
-        ------
-        FileExistsError
-            If the directory exists and may not be replaced.
-        ValueError
-            If ``save_anndata`` is set for a model without data.
-        """
+    def _saved_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        config = self.module.config
         state = {
-            "config": {name: getattr(self.module.config, name) for name in self.module.config.__dataclass_fields__},
+            "config": {name: getattr(config, name) for name in config.__dataclass_fields__},
             "drugs": self.drugs.astype(str),
             "doses": list(self._doses.names),
             "cell_lines": list(self._cell_lines.names),
             "unknown_genes": self.unknown_genes.astype(str),
         }
-        save_model(
-            self,
-            dir_path,
-            prefix,
-            state=state,
-            tensors=self.module.state_dict(),
-            overwrite=overwrite,
-            save_anndata=save_anndata,
-            **anndata_write_kwargs,
-        )
+        return state, self.module.state_dict()
 
-    @classmethod
-    def load(
-        cls,
-        dir_path: File,
-        adata: AnnData | bool | None = None,
-        accelerator: str = "auto",
-        device: int | str = "auto",
-        prefix: str | None = None,
-    ) -> Self:
-        """Load a saved model.
-
-        Parameters
-        ----------
-        dir_path
-            The directory.
-        adata
-            Data to go on training with, which need the same genes in the same order; by default those saved with the model, if
-            any; ``False`` for none.
-        accelerator, device, prefix
-            As in :meth:`FoundationModel.load`.
-
-        Raises
-        ------
-        CheckpointError
-            If a file is damaged or missing.
-        ValueError
-            If it is a model of another class, or the data have other genes.
-        """
-        model, state, tensors = open_model(cls, dir_path, adata, prefix)
-        model.drugs, model.unknown_genes = (state[name].astype(object) for name in ("drugs", "unknown_genes"))
-        dosed = model._arguments["dose_key"] is not None
-        model._doses = Categories(tuple(state["doses"]), "dose", dosed)
-        model._cell_lines = Categories(tuple(state["cell_lines"]), "cell line")
-        model.module = DeepCE(DeepCEConfig(**state["config"]), tensors["genes"]).to(tensors["genes"].dtype)
-        model.module.load_state_dict(tensors)
-        model.module.eval()
-        model.to_device(_device(accelerator, device))
-        return model
+    def _restore(self, state: dict[str, Any], tensors: dict[str, Tensor], place: Path, device: str) -> None:
+        self.drugs, self.unknown_genes = (state[name].astype(object) for name in ("drugs", "unknown_genes"))
+        dosed = self._arguments["dose_key"] is not None
+        self._doses = Categories(tuple(state["doses"]), "dose", dosed)
+        self._cell_lines = Categories(tuple(state["cell_lines"]), "cell line")
+        self.module = DeepCE(DeepCEConfig(**state["config"]), tensors["genes"]).to(tensors["genes"].dtype)
+        self.module.load_state_dict(tensors)
+        self.module.eval()
+        self.to_device(device)
 
     # -- looks -------------------------------------------------------------------------------------------------------
 

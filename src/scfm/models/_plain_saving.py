@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,24 @@ from ..checkpoints import store
 from ..checkpoints._files import new_directory, sha256
 from ._codec import decode, encode
 from ._fields import GENES_KEY, GeneField
-from ._saving import FORMAT, HEAD, HEADER, _place, _read_header, _read_task, _saved_data, _without_tables, _write
+from ._saving import (
+    FORMAT,
+    HEAD,
+    HEADER,
+    _device,
+    _place,
+    _read_header,
+    _read_task,
+    _saved_data,
+    _without_tables,
+    _write,
+)
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
+    from pathlib import Path
+    from typing import Self
 
     from anndata import AnnData
     from torch import Tensor
@@ -31,6 +45,85 @@ if TYPE_CHECKING:
 BACKBONE = "backbone"
 _ATTRIBUTES = ("is_trained_", "history_", "init_params_", "run_name_", "run_id_")
 _INDICES = ("train_indices_", "validation_indices_", "test_indices_")
+
+
+class PlainSaving:
+    """``save`` and ``load`` of a model class that says what it consists of, and how it is made of it again."""
+
+    @abstractmethod
+    def _saved_state(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+        """JSON values, arrays and tables, and tensors."""
+
+    @abstractmethod
+    def _restore(self, state: dict[str, Any], tensors: dict[str, Tensor], place: Path, device: str) -> None:
+        """Make the networks again; ``place`` is the directory of the model."""
+
+    def save(
+        self,
+        dir_path: Directory,
+        prefix: str | None = None,
+        overwrite: bool = False,
+        save_anndata: bool = False,
+        **anndata_write_kwargs: Any,
+    ) -> None:
+        """Save the model to a directory, as JSON and safetensors, a foundation model that belongs to it included.
+
+        Parameters
+        ----------
+        dir_path, prefix, overwrite, save_anndata, anndata_write_kwargs
+            As in :meth:`FoundationModel.save`.
+
+        Raises
+        ------
+        FileExistsError
+            If the directory exists and may not be replaced.
+        ValueError
+            If ``save_anndata`` is set for a model without data.
+        """
+        state, tensors = self._saved_state()
+        save_model(
+            self,
+            dir_path,
+            prefix,
+            state=state,
+            tensors=tensors,
+            backbone=getattr(self, "backbone", None),
+            overwrite=overwrite,
+            save_anndata=save_anndata,
+            **anndata_write_kwargs,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        dir_path: Directory,
+        adata: AnnData | bool | None = None,
+        accelerator: str = "auto",
+        device: int | str = "auto",
+        prefix: str | None = None,
+    ) -> Self:
+        """Load a saved model.
+
+        Parameters
+        ----------
+        dir_path
+            The directory.
+        adata
+            Data to go on with, which need the same genes in the same order; by default those saved with the model, if any;
+            ``False`` for none.
+        accelerator, device, prefix
+            As in :meth:`FoundationModel.load`.
+
+        Raises
+        ------
+        CheckpointError
+            If a file is damaged or missing.
+        ValueError
+            If it is a model of another class, or the data have other genes.
+        """
+        model, state, tensors = open_model(cls, dir_path, adata, prefix)
+        model._restore(state, tensors, _place(dir_path, prefix), _device(accelerator, device))
+        return model
 
 
 def save_model(

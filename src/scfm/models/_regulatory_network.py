@@ -25,14 +25,15 @@ from ._alignment import align
 from ._expression_field import ExpressionField
 from ._fields import GENES_KEY, GeneField
 from ._network_start import OF_DATA, OF_MODEL, Cells, scaled, start_of_data, start_of_model
-from ._plain_saving import open_model, save_model
+from ._plain_saving import PlainSaving
 from ._saving import _device
 from ._training import joined, seed_or_default
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
-    from typing import Literal, Self
+    from pathlib import Path
+    from typing import Literal
 
     from anndata import AnnData
 
@@ -48,7 +49,7 @@ _BOUND = 0.9
 _GIVEN = "given"
 
 
-class RegulatoryNetwork(BaseModelClass):
+class RegulatoryNetwork(PlainSaving, BaseModelClass):
     """A gene regulatory network, refined by DeepSEM from what a foundation model says about pairs of genes.
 
     This is the network inference of scLong, with any model: similarities of genes are the start of the weights ``A`` of a
@@ -448,77 +449,16 @@ class RegulatoryNetwork(BaseModelClass):
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
-    def save(
-        self,
-        dir_path: Directory,
-        prefix: str | None = None,
-        overwrite: bool = False,
-        save_anndata: bool = False,
-        **anndata_write_kwargs: Any,
-    ) -> None:
-        """Save the network to a directory, as JSON and safetensors.
+    def _saved_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        weights = {f"module.{name}": tensor for name, tensor in self.module.state_dict().items()}
+        return {"tfs": self._tfs}, weights | {"kept": self._kept}
 
-        Parameters
-        ----------
-        dir_path, prefix, overwrite, save_anndata, anndata_write_kwargs
-            As in :meth:`FoundationModel.save`.
-
-        Raises
-        ------
-        FileExistsError
-            If the directory exists and may not be replaced.
-        ValueError
-            If ``save_anndata`` is set for a network without data.
-        """
-        tensors = {f"module.{name}": tensor for name, tensor in self.module.state_dict().items()} | {"kept": self._kept}
-        save_model(
-            self,
-            dir_path,
-            prefix,
-            state={"tfs": self._tfs},
-            tensors=tensors,
-            overwrite=overwrite,
-            save_anndata=save_anndata,
-            **anndata_write_kwargs,
-        )
-
-    @classmethod
-    def load(
-        cls,
-        dir_path: Directory,
-        adata: AnnData | bool | None = None,
-        accelerator: str = "auto",
-        device: int | str = "auto",
-        prefix: str | None = None,
-    ) -> Self:
-        """Load a saved network.
-
-        Parameters
-        ----------
-        dir_path
-            The directory.
-        adata
-            Data to go on training with, which need the same genes in the same order; by default those saved with the
-            network, if any; ``False`` for none.
-        accelerator, device, prefix
-            As in :meth:`FoundationModel.load`.
-
-        Raises
-        ------
-        CheckpointError
-            If a file is damaged or missing.
-        ValueError
-            If it is a model of another class, or the data have other genes.
-        """
-        network, state, tensors = open_model(cls, dir_path, adata, prefix)
-        network._tfs = state["tfs"]
-        made = network.init_params_["non_kwargs"]
+    def _restore(self, state: dict[str, Any], tensors: dict[str, torch.Tensor], place: Path, device: str) -> None:
+        self._tfs, made = state["tfs"], self.init_params_["non_kwargs"]
         weights = {name.removeprefix("module."): value for name, value in tensors.items() if name.startswith("module.")}
-        device = _device(accelerator, device)
-        network._start(weights["adjacency"].numpy(), made["inverse"], made["hidden"], made["seed"], device)
-        network.module.load_state_dict(weights)
-        network._kept = tensors["kept"]
-        return network
+        self._start(weights["adjacency"].numpy(), made["inverse"], made["hidden"], made["seed"], device)
+        self.module.load_state_dict(weights)
+        self._kept = tensors["kept"]
 
     # -- looks -------------------------------------------------------------------------------------------------------
 

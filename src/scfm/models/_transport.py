@@ -31,15 +31,16 @@ from ._expression_field import ExpressionField
 from ._fields import GENES_KEY, GeneField
 from ._label_field import label_column
 from ._perturbation_data import ExpressionRule
+from ._plain_saving import BACKBONE, PlainSaving
 from ._saving import _device
 from ._split_column import PARTS, parts_of
 from ._training import joined, seed_or_default
 from ._transport_evaluation import TransportEvaluation
-from ._transport_saving import TransportSaving
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from scipy.sparse import csr_matrix
     from torch import Tensor
@@ -55,7 +56,7 @@ _FROZEN_RATE = 1e-3
 _SHOWN = 10
 
 
-class ChemicalTransport(TransportEvaluation, TransportSaving, BaseModelClass):
+class ChemicalTransport(TransportEvaluation, PlainSaving, BaseModelClass):
     """Expression of single cells after a treatment, although no cell is measured twice: CellOT on any embedding of cells.
 
     Each cell gets a code from which its expression can be decoded. For each treatment two input-convex networks then learn how the
@@ -736,6 +737,39 @@ class ChemicalTransport(TransportEvaluation, TransportSaving, BaseModelClass):
         if self.backbone is not None:
             self.backbone.to(str(self._place), "float32")
         self.module.to(self._place)
+
+    # -- saving ------------------------------------------------------------------------------------------------------
+
+    def _saved_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        self._ready()
+        state = {
+            "treatments": self._treatments.astype(str),
+            "learned": self._learned,
+            "shifts": {name: list(values) for name, values in self._shifts.items()},
+            "markers": self._marker_order,
+        }
+        return state, self.module.state_dict()
+
+    def _restore(self, state: dict[str, Any], tensors: dict[str, Tensor], place: Path, device: str) -> None:
+        self._treatments, self.backbone = state["treatments"].astype(object), None
+        if self._made["checkpoint"] is not None:
+            self.backbone = load(place / BACKBONE, device=device, precision="float32")
+        if self._made["space"] == "pca":
+            codec: nn.Module = LinearCodec(tensors["codec.mean"], tensors["codec.components"])
+            width = len(tensors["codec.components"])
+        else:
+            codec = self._new_codec(tensors["codec.encoder.0.weight"].shape[1])
+            width = self._made["latent"]
+        self._start(codec)
+        self.module["units"] = CodeScale(tensors["units.centre"], tensors["units.scale"])
+        self._learned = list(state["learned"])
+        for _ in self._learned:
+            self.module["transports"].append(TransportMap(width, self._made["potential"]))
+        self.module.load_state_dict(tensors)
+        self.module.eval().requires_grad_(requires_grad=False)
+        self._shifts = {name: tuple(np.float32(part) for part in parts) for name, parts in state["shifts"].items()}
+        self._marker_order = dict(state["markers"])
+        self.to_device(device)
 
     # -- looks -------------------------------------------------------------------------------------------------------
 

@@ -7,24 +7,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-from anndata import AnnData
 from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager
 from scvi.data._constants import _FIELD_REGISTRIES_KEY, _SETUP_ARGS_KEY, _STATE_REGISTRY_KEY
 from scvi.model.base import BaseModelClass
 from torch import nn
-from tqdm.auto import tqdm
 
-from .. import _logging, engine
+from .. import _logging
 from .._settings import settings
 from ..backbones import Backbone, load
 from ..backbones._device import resolve_device
-from ..data import open_source
-from ..engine._options import options_for
 from ..genes import resolve_gene_names
-from ..tasks.panel_codec import CodecTraining, LinearCodec, PanelCodec, train_codec
-from ..tasks.transport import CodeScale, TransportMap, TransportTraining, start_from_identity, train_transport
-from ..train._adapters import changed
+from ..tasks.panel_codec import CodecTraining, LinearCodec, PanelCodec
+from ..tasks.transport import CodeScale, TransportMap, TransportTraining
 from ._alignment import align
 from ._backbone import own_copy
 from ._expression_field import ExpressionField
@@ -33,15 +28,18 @@ from ._label_field import label_column
 from ._perturbation_data import ExpressionRule
 from ._plain_saving import BACKBONE, PlainSaving
 from ._saving import _device
-from ._split_column import PARTS, parts_of
-from ._training import joined, seed_or_default
+from ._split_column import PARTS
+from ._training import seed_or_default
+from ._transport_codes import BLOCK, TransportCodes
 from ._transport_evaluation import TransportEvaluation
+from ._transport_fit import TransportFit
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from anndata import AnnData
     from scipy.sparse import csr_matrix
     from torch import Tensor
 
@@ -51,12 +49,11 @@ if TYPE_CHECKING:
 
 _LATENT, _HIDDEN = 50, 512
 _POTENTIAL = (64, 64, 64, 64)
-_BLOCK = 512
 _FROZEN_RATE = 1e-3
 _SHOWN = 10
 
 
-class ChemicalTransport(TransportEvaluation, PlainSaving, BaseModelClass):
+class ChemicalTransport(TransportCodes, TransportFit, TransportEvaluation, PlainSaving, BaseModelClass):
     """Expression of single cells after a treatment, although no cell is measured twice: CellOT on any embedding of cells.
 
     Each cell gets a code from which its expression can be decoded. For each treatment two input-convex networks then learn how the
@@ -305,91 +302,6 @@ class ChemicalTransport(TransportEvaluation, PlainSaving, BaseModelClass):
         values, totals = rule.read(adata)
         return values if same else values[:, columns].tocsr(), totals
 
-    # -- codes -------------------------------------------------------------------------------------------------------
-
-    def _dim(self, adata: AnnData) -> int:
-        """Width of what codes are made from."""
-        if self._made["space"] == "autoencoder":
-            return len(self.genes)
-        if self._made["space"] == "obsm":
-            return self._rep(adata).shape[1]
-        match = self._match()
-        pooling = self.backbone.check_pooling(self._made["pooling"])
-        return self.backbone.embedding_dim(pooling, **self.backbone.pooling_options(pooling, match))
-
-    def _rep(self, adata: AnnData) -> np.ndarray:
-        key = self._made["use_rep"]
-        if key not in adata.obsm:
-            msg = f"obsm has no slot {key!r}; there are {', '.join(map(str, adata.obsm)) or 'none'}"
-            raise KeyError(msg)
-        values = np.asarray(adata.obsm[key], dtype=np.float32)
-        if values.ndim != 2 or np.isinf(values).any():
-            msg = f"obsm[{key!r}] needs finite vectors of cells"
-            raise ValueError(msg)
-        return values
-
-    def _task(self, expression: csr_matrix, totals: np.ndarray | None, names: pd.Index) -> engine.Task:
-        """Cells for the engine, with the values that the network sees."""
-        cells = AnnData(expression, obs=pd.DataFrame(index=names), var=pd.DataFrame(index=self.genes.astype(str)))
-        options = dict(self.backbone.fine_tuning("transport").tokenize) | self.backbone.normalized_input(totals)
-        if "rng" in engine.accepted_options(self.backbone):
-            options["rng"] = self._made["seed"]
-        options |= self._made["tokenize"]
-        source = open_source(cells)
-        engine.check_options(self.backbone, options, source.n_obs)
-        return engine.Task(self.backbone, source, self._match(), options)
-
-    def _cells(self, adata: AnnData) -> tuple[Callable[[np.ndarray], Tensor], csr_matrix, np.ndarray]:
-        """What is known about cells, by their numbers; their expression; and whether anything is known."""
-        expression, totals = self._expression(adata)
-        space, known = self._made["space"], np.ones(adata.n_obs, dtype=bool)
-        if space in ("pca", "autoencoder"):
-            return lambda rows: self._tensor(expression[rows].toarray()), expression, known
-        if space == "obsm":
-            values = self._rep(adata)
-        else:
-            task = self._task(expression, totals, adata.obs_names)
-            if self._made["fine_tune"]:
-                matched = task.match.ids >= 0
-                known = np.asarray((expression[:, matched] > 0).sum(1)).ravel() > 0
-                return self._tokens_to_states(task, expression), expression, known
-            values = self._embeddings(task)
-        return lambda rows: self._tensor(values[rows]), expression, np.isfinite(values).all(1)
-
-    def _embeddings(self, task: engine.Task) -> np.ndarray:
-        pooling = self.backbone.check_pooling(self._made["pooling"])
-        options = self.backbone.pooling_options(pooling, task.match)
-        result = engine.run(
-            **task.inputs,
-            compute=lambda backbone, tokens: backbone.embed(tokens, pooling=pooling, **options),
-            shape=(self.backbone.embedding_dim(pooling, **options),),
-            task={"output": "cell embedding", "pooling": pooling},
-        )
-        return result.array
-
-    def _tokens_to_states(self, task: engine.Task, expression: csr_matrix) -> Callable[[np.ndarray], Tensor]:
-        backbone, match = self.backbone, task.match
-        pooling = backbone.check_pooling(self._made["pooling"])
-        extra = backbone.pooling_options(pooling, match)
-
-        def states(rows: np.ndarray) -> Tensor:
-            options = {
-                name: value[rows] if isinstance(value, np.ndarray) else value
-                for name, value in options_for(task.options, 0, expression.shape[0]).items()
-            }
-            return backbone.cell_states(backbone.tokenize(expression[rows], match, **options), pooling=pooling, **extra)
-
-        return states
-
-    def _tensor(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(self._place)
-
-    @torch.no_grad()
-    def _codes(self, cells: Callable[[np.ndarray], Tensor], rows: np.ndarray, size: int = _BLOCK) -> Tensor:
-        """Codes of cells, some at a time."""
-        parts = [self.module["codec"].encode(cells(rows[i : i + size])) for i in range(0, len(rows), size)]
-        return torch.cat(parts) if parts else torch.zeros(0, self._made["latent"], device=self._place)
-
     # -- training ----------------------------------------------------------------------------------------------------
 
     def train(
@@ -491,111 +403,6 @@ class ChemicalTransport(TransportEvaluation, PlainSaving, BaseModelClass):
         self.train_indices_, self.validation_indices_, self.test_indices_ = rows.values()
         self.is_trained_ = True
 
-    def _parts(self, labels: np.ndarray, validation_size: float, test_size: float, seed: int) -> np.ndarray:
-        if min(validation_size, test_size) < 0 or validation_size + test_size >= 1:
-            msg = f"validation_size={validation_size} and test_size={test_size} are no shares that leave cells to train on"
-            raise ValueError(msg)
-        key = self._arguments["split_key"]
-        parts = np.full(len(labels), "train", dtype=object) if key is None else parts_of(self.adata, key)
-        parts[labels == ""] = ""
-        drawn = {"validation": validation_size, "test": test_size if key is None else 0.0}
-        if "validation" in set(parts):
-            drawn = {}
-        rng = np.random.default_rng(seed)
-        for name in sorted(set(labels) - {""}):
-            left = members = rng.permutation(np.flatnonzero((labels == name) & (parts == "train")))
-            for part, share in drawn.items():
-                n = round(share * len(members))
-                parts[left[:n]], left = part, left[n:]
-        return parts
-
-    def _train_codec(
-        self,
-        cells: Callable[[np.ndarray], Tensor],
-        expression: csr_matrix,
-        rows: Mapping[str, np.ndarray],
-        training: CodecTraining,
-        show: bool,
-    ) -> None:
-        if self._made["space"] == "pca":
-            self.module["codec"] = LinearCodec.fitted(expression[rows["train"]], self._made["latent"]).to(self._place)
-            return
-        start = _logging.info(f"training the encoder and decoder on {len(rows['train']):,} cells")
-        network = self.backbone.module if self._made["fine_tune"] else None
-        if network is not None:
-            network.requires_grad_(requires_grad=True)
-        epochs = train_codec(
-            self.module["codec"], cells, expression, rows["train"], rows["validation"], training, network=network
-        )
-        try:
-            table = list(tqdm(epochs, total=training.max_epochs, desc="codec", disable=not show, leave=False))
-        finally:
-            epochs.close()
-            self.module.eval()
-            if network is not None:
-                network.eval().requires_grad_(requires_grad=False)
-                changed(self.backbone)
-        history = pd.DataFrame(table).rename_axis("epoch").drop(columns="kept", errors="ignore")
-        self.history_ = joined(self.history_, {name: history[[name]] for name in history})
-        _logging.info("    finished", time=start)
-
-    def _train_transports(
-        self,
-        cells: Callable[[np.ndarray], Tensor],
-        labels: np.ndarray,
-        rows: Mapping[str, np.ndarray],
-        training: TransportTraining,
-        show: bool,
-        *,
-        standardize: bool,
-        start_steps: int,
-    ) -> None:
-        codes = {part: (self._codes(cells, rows[part]), labels[rows[part]]) for part in ("train", "validation")}
-        dim = codes["train"][0].shape[1]
-        units = CodeScale.of(codes["train"][0]) if standardize else CodeScale(torch.zeros(dim), torch.ones(()))
-        self.module["units"] = units.to(self._place)
-        codes = {part: (units(values), names) for part, (values, names) in codes.items()}
-
-        def of(part: str, name: str) -> Tensor:
-            values, names = codes[part]
-            return values[torch.from_numpy(np.flatnonzero(names == name)).to(values.device)]
-
-        control = self._arguments["control"]
-        self.module["transports"], self._learned = nn.ModuleList(), []
-        for number, name in enumerate(self._treatments):
-            source, target = of("train", control), of("train", name)
-            if not len(target):
-                _logging.warning(f"no cell of {name!r} is trained on; its effect cannot be predicted")
-                continue
-            held_out = of("validation", control), of("validation", name)
-            if not all(map(len, held_out)):
-                _logging.warning(f"no cells of {name!r} or no controls to validate on; the last step counts")
-                held_out = None
-            begun = _logging.info(f"moving {len(source):,} control cells to {len(target):,} cells of {name!r}")
-            transport = TransportMap(dim, self._made["potential"], seed=self._made["seed"] + number).to(self._place)
-            start_from_identity(
-                transport,
-                torch.cat([source, target]),
-                n_steps=start_steps,
-                batch_size=training.batch_size,
-                seed=training.seed,
-            )
-            steps = train_transport(transport, source, target, training, held_out=held_out)
-            try:
-                n_rows = -(-training.max_iter // training.check_every)
-                table = list(tqdm(steps, total=n_rows, desc=str(name), disable=not show, leave=False))
-            finally:
-                steps.close()
-            transport.eval().requires_grad_(requires_grad=False)
-            self.module["transports"].append(transport)
-            self._learned.append(str(name))
-            history = pd.DataFrame(table).set_index("iteration").drop(columns="kept", errors="ignore")
-            self.history_ = dict(self.history_ or {}) | {f"{column}_{name}": history[[column]] for column in history}
-            _logging.info("    finished", time=begun)
-        if not self._learned:
-            msg = "no treatment has cells to train on; look at split_key="
-            raise ValueError(msg)
-
     # -- what it gives -----------------------------------------------------------------------------------------------
 
     def _ready(self) -> None:
@@ -619,7 +426,7 @@ class ChemicalTransport(TransportEvaluation, PlainSaving, BaseModelClass):
         return self.adata[(labels == self._arguments["control"]).to_numpy()]
 
     def get_latent_representation(
-        self, adata: AnnData | None = None, perturbation: str | None = None, *, batch_size: int = _BLOCK
+        self, adata: AnnData | None = None, perturbation: str | None = None, *, batch_size: int = BLOCK
     ) -> np.ndarray:
         """Codes of cells.
 
@@ -654,7 +461,7 @@ class ChemicalTransport(TransportEvaluation, PlainSaving, BaseModelClass):
             raise ValueError(msg)
         return self.adata if adata is None else adata
 
-    def _moved(self, number: int, codes: Tensor, size: int = _BLOCK) -> Tensor:
+    def _moved(self, number: int, codes: Tensor, size: int = BLOCK) -> Tensor:
         transport, units = self.module["transports"][number], self.module["units"]
         parts = [units.back(transport(units(codes[i : i + size]))) for i in range(0, len(codes), size)]
         return torch.cat(parts) if parts else codes
@@ -691,7 +498,7 @@ class ChemicalTransport(TransportEvaluation, PlainSaving, BaseModelClass):
         names = [perturbations] if isinstance(perturbations, str) else [str(name) for name in perturbations]
         numbers = [self._number(name) for name in names]
         adata = self._controls(control)
-        size = batch_size or _BLOCK
+        size = batch_size or BLOCK
         cells, _, known = self._cells(adata)
         columns = self._columns_of(adata)
         rows = np.flatnonzero(known)

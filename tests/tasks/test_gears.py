@@ -319,6 +319,20 @@ def test_a_cell_does_not_depend_on_others(network):
     assert (effects[2] == 0).all() or network.config.indicator
 
 
+def test_cells_without_states_share_what_a_perturbation_adds(network):
+    if network.config.states:
+        pytest.skip("states differ between cells")
+    seen = []
+    network.recover.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    x = torch.rand(50, 7)
+    perturbed = torch.tensor([[0, -1], [1, 3]]).repeat(25, 1)
+    with torch.no_grad():
+        change = network(x, perturbed) - x
+    assert seen == [2 * 7], "the network runs once for each perturbation"
+    close(change[2:], change[:2].repeat(24, 1), rtol=1e-5, atol=1e-5)
+    assert (change[0] - change[1]).abs().max() > 1e-4
+
+
 def test_the_order_of_genes_of_a_pair_is_nothing(network):
     x, perturbed, states = cells(network)
     with torch.no_grad():

@@ -355,6 +355,16 @@ class GearsNetwork(nn.Module):
         expression
             Expression of the control cells, ``(cells, genes)``.
         """
+        if not self.training and len(states) > 1 and states.stride(0) == 0:
+            # without a foundation model cells have the same states, so that a perturbation adds the same to all of them
+            kinds, which = torch.unique(perturbed, dim=0, return_inverse=True)
+            one = torch.zeros(len(kinds), dtype=which.dtype, device=which.device)
+            one = one.scatter_(0, which, torch.arange(len(which), device=which.device))
+            return self._change(states[one], effects[one], kinds)[which] + expression
+        return self._change(states, effects, perturbed) + expression
+
+    def _change(self, states: Tensor, effects: Tensor, perturbed: Tensor) -> Tensor:
+        """What is added to the expression before, ``(cells, genes)``."""
         x = states + effects.unsqueeze(1)
         if self.indicator is not None:
             x = x + self.indicator(self.flags(perturbed).to(x).unsqueeze(-1))
@@ -363,7 +373,7 @@ class GearsNetwork(nn.Module):
         x = self._rows(self.recover, x)
         gene = (x * self.gene_weight.squeeze(-1)).sum(-1) + self.gene_bias.squeeze(-1)
         weight = self.cross_weight[0]
-        return gene * weight[:, 0] + self.cross(gene) @ weight[:, 1:].T + self.cross_bias[0] + expression
+        return gene * weight[:, 0] + self.cross(gene) @ weight[:, 1:].T + self.cross_bias[0]
 
     def flags(self, perturbed: Tensor) -> Tensor:
         """1 at the perturbed genes that are predicted, too, ``(cells, genes)``."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy.sparse import csr_matrix
 
-from scfm.backbones import _base
+from scfm.backbones import _kinds
 from scfm.checkpoints import _registry
 
 ROOT = Path(__file__).parents[1]
@@ -59,8 +59,8 @@ def genebag(tmp_path, monkeypatch) -> Path:
 
 
 def _forget() -> None:
-    _base._entry_points.cache_clear()
-    _base.backbone_class.cache_clear()
+    _kinds._entry_points.cache_clear()
+    _kinds.backbone_class.cache_clear()
     _registry.entries.cache_clear()
     _registry._names.cache_clear()
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import scfm
-from scfm.backbones import Backbone, Checkpoint, _base, from_config, load_vocab, random_copy
+from scfm.backbones import Backbone, Checkpoint, _kinds, from_config, load_vocab, random_copy
 from scfm.checkpoints import KeyRule, _registry, store
 from scfm.checkpoints._registry import Citation, Entry, Licence, RemoteFile
 from scfm.checkpoints.convert import rename
@@ -98,13 +98,13 @@ def install(monkeypatch):
     """``install(Toy, ...)`` sets the installed backbone classes; Toy alone at the start."""
 
     def put(*classes):
-        monkeypatch.setattr(_base, "_entry_points", lambda: {cls.kind: Point(cls) for cls in classes})
-        _base.backbone_class.cache_clear()
+        monkeypatch.setattr(_kinds, "_entry_points", lambda: {cls.kind: Point(cls) for cls in classes})
+        _kinds.backbone_class.cache_clear()
 
     put(Toy)
     Toy.reads = 0
     yield put
-    _base.backbone_class.cache_clear()
+    _kinds.backbone_class.cache_clear()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from scfm.nn import linear_attention, performer, steps
 from scfm.nn.linear_attention import favor_attention
-from scfm.nn.performer import PerformerStack
+from scfm.nn.performer import PerformerLayer, PerformerStack
 
 LENGTHS = [17, 9, 23]
 
@@ -135,3 +135,17 @@ def test_random_features_are_drawn_anew_after_enough_calls():
 def test_unknown_backend_is_named():
     with pytest.raises(ValueError, match="backend must be one of scfm, performer-pytorch"):
         make().use_backend("flash")
+
+
+def test_short_and_long_cells_learn_the_same(monkeypatch):
+    layer = PerformerLayer(12, 2, 8)
+    lengths = [9, 4]
+    grads = []
+    for step in (100, 3):
+        monkeypatch.setattr("scfm.nn.performer.tokens_per_step", lambda *_, n=step: n)
+        x = torch.randn(13, 12, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        layer.zero_grad()
+        layer(x, lengths, "cell").square().sum().backward()
+        grads.append([x.grad, *(p.grad.clone() for p in layer.parameters())])
+    for together, in_steps in zip(*grads, strict=True):
+        torch.testing.assert_close(together, in_steps, rtol=1e-4, atol=1e-5)

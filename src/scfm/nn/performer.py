@@ -21,6 +21,7 @@ from .linear_attention import (
     favor_attention,
     orthogonal_random_features,
     shared_maxima,
+    tokens_per_step,
 )
 from .linear_attention_gradient import ragged_attention
 from .ragged import pad, unpad
@@ -111,7 +112,8 @@ class PerformerLayer(nn.Module):
         """Apply the layer to ``x`` of shape ``(tokens, dim)`` with everything in memory, for training."""
         h = self._normed(self.norm1, x)
         heads = [self.split_heads(linear(h)) for linear in (self.query, self.key, self.value)]
-        if self.backend == "scfm":
+        # short cells gain nothing from steps, and are faster together
+        if self.backend == "scfm" and max(lengths, default=0) > tokens_per_step(heads[0], self.projection):
             attended = ragged_attention(*heads, self.projection, lengths, key_max=key_max)
         else:
             attended = self._attend_padded(heads, lengths, key_max)

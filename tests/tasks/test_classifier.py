@@ -311,3 +311,11 @@ def test_the_plan_makes_the_tokens_of_the_task():
     plan = TaskPlan(learner, Optimization(), genes=match)
     tokens = plan.tokens(MicroBatch(0, counts()))
     assert int(tokens.flat_ids.max()) < learner.backbone.config.n_genes, "the authors' classifier has no depth tokens"
+
+
+@pytest.mark.parametrize("kind", ["scgpt", "cellfm"])
+def test_heads_that_cannot_learn_along_with_hidden_genes_say_so(kind):
+    learner, genes = make_learner(kind)
+    tokens = learner.backbone.tokenize(counts(), genes, **learner.tokenize)
+    with pytest.raises(scfm.UnsupportedError, match="cannot be learned in one pass with this head"):
+        learner.backbone.class_logits_and_loss(tokens)

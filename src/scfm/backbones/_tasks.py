@@ -109,7 +109,7 @@ class TaskMethods:
             If the network holds no classifier for which there is such a pass.
         """
         self._need_classes()
-        if self.config.class_head not in self.joint_heads:
+        if getattr(self.config, "class_head", None) not in self.joint_heads:
             heads = ", ".join(map(repr, self.joint_heads)) or "none"
             msg = f"classes and hidden genes of {self.kind} cannot be learned in one pass with this head; heads that can: {heads}"
             raise UnsupportedError(msg)

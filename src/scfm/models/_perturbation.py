@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from typing import Literal
 
-    from ..backbones._fine_tuning import FineTuning
+    from ..backbones import FineTuning
     from ..genes import GeneMatch
     from ..tasks.gears_network import Graph
     from ..tasks.perturbation_fit import FitOptions

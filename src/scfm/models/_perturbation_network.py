@@ -20,8 +20,7 @@ from ..train._presets import Optimization
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from ..backbones import Backbone
-    from ..backbones._fine_tuning import FineTuning
+    from ..backbones import Backbone, FineTuning
     from ..genes import GeneMatch
 
 _SHOWN = 10

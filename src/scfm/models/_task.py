@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from torch import Tensor
 
-    from ..backbones._fine_tuning import FineTuning
+    from ..backbones import FineTuning
     from ..tasks.learner import Learner
     from ._training import Freeze
 

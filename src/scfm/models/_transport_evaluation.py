@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
     from torch import Tensor
 
-    Cells = Callable[[np.ndarray], Tensor]
-
 # genes that are remembered for each treatment
 _MARKERS = 1000
 

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..backbones import TokenBatch, rebuilt
-from ..backbones._fine_tuning import FineTuning
+from ..backbones import FineTuning, TokenBatch, rebuilt
 from ..nn.batch_norm import BatchNorm
 from .learner import Learner
 

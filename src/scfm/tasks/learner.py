@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
     from torch import Tensor
 
-    from ..backbones import Backbone, TokenBatch
-    from ..backbones._fine_tuning import FineTuning
+    from ..backbones import Backbone, FineTuning, TokenBatch
     from ..genes import GeneMatch
 
 

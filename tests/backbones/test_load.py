@@ -201,6 +201,13 @@ def test_weight_set_options_and_single_file(official):
         scfm.load(official / "toy_second.pt", weights="first")
 
 
+@pytest.mark.parametrize(("gain", "told"), [(0.5, True), (2.0, False)])
+def test_slow_reduced_precision_is_told(official, monkeypatch, capsys, gain, told):
+    monkeypatch.setattr("scfm.backbones._device.matmul_gain", lambda dtype: gain)
+    scfm.load(official, device="cpu", precision="bfloat16")
+    assert ("2.0 times slower in it than in float32" in capsys.readouterr().err) == told
+
+
 def test_device_and_precision(official):
     backbone = scfm.load(official, device="cpu", precision="bfloat16")
     assert backbone.dtype == torch.bfloat16

@@ -17,7 +17,6 @@ from scfm.backbones._random_keys import content_keys
 from scfm.backbones.scgpt import TokenDraws
 from scfm.backbones.scgpt.objective import generative_loss, split_prompt
 from scfm.backbones.scgpt.tokenizer import bin_values, quantile_edges
-from scfm.nn import attention
 
 GENES = np.array([f"GENE{i}" for i in range(30)])
 
@@ -151,16 +150,6 @@ def test_folded_tables_equal_the_layers_and_follow_the_weights(tiny_scgpt):
     np.testing.assert_allclose(
         backbone.embed(tokens, normalize=False), backbone.forward(tokens).cells.detach(), atol=1e-5
     )
-
-
-def test_blockwise_attention_equals_the_fused_kernel():
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(3, 2, 700, 8) for _ in range(3))
-    mask = torch.ones(3, 1, 1, 700, dtype=torch.bool)
-    mask[1, ..., 50:] = False
-    for m in (None, mask):
-        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=m)
-        np.testing.assert_allclose(attention._attend_chunked(q, k, v, m), expected, atol=1e-5)
 
 
 # -- batches -------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .._errors import UnsupportedError
-from ._device import resolve_device, resolve_dtype
+from ._device import resolve_device, resolve_dtype, warn_if_slow
 from ._kinds import kinds_with
 from ._tasks import TaskMethods
 
@@ -309,7 +309,9 @@ class Backbone(TaskMethods, ABC):
     def to(self, device: str = "auto", precision: Precision = "auto") -> Backbone:
         """Move to a device and floating-point type, in place; returns the backbone itself."""
         device = resolve_device(device)
-        self.module.to(device=device, dtype=resolve_dtype(precision, device))
+        dtype = resolve_dtype(precision, device)
+        warn_if_slow(device, dtype)
+        self.module.to(device=device, dtype=dtype)
         return self
 
     def check_pooling(self, pooling: str | None) -> str:

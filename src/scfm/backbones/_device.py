@@ -6,9 +6,13 @@ from typing import get_args
 
 import torch
 
+from .._logging import warning
 from .._settings import Precision, settings
+from ..nn.cpu_speed import matmul_gain
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+# a gain in speed below this one is a loss
+_WORTH_IT = 0.9
 
 
 def resolve_device(device: str = "auto") -> torch.device:
@@ -43,3 +47,16 @@ def resolve_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     return _DTYPES[precision]
+
+
+def warn_if_slow(device: torch.device, dtype: torch.dtype) -> None:
+    """Say so when a CPU multiplies matrices in reduced precision slower than in float32, as those without AMX may."""
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return
+    gain = matmul_gain(dtype)
+    if gain < _WORTH_IT:
+        name = str(dtype).removeprefix("torch.")
+        warning(
+            f"{name} halves the memory of the weights, but this CPU multiplies matrices {1 / gain:.1f} times slower in "
+            f"it than in float32; use precision='float32' for speed"
+        )

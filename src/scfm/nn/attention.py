@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+
+from .cpu_speed import best_time
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,6 +17,10 @@ if TYPE_CHECKING:
 # block sizes at which the scores of one step stay in the cache
 _QUERY_BLOCK = 256
 _SCORE_BLOCK = 1 << 22
+# heads, tokens and width on which the kernels are compared
+_PROBE = (1, 8, 1024, 64)
+# how much faster chunks have to be on it, so that noise does not decide where both are alike
+_CLEARLY = 1.25
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None, dropout: float = 0.0) -> Tensor:
@@ -33,11 +40,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None, dropo
     Tensor of the shape of ``q``.
     """
     mask = None if padding is None else ~padding[:, None, None, :]
-    # torch's fused CPU kernel gains little or nothing from reduced precision; its matrix products and softmax do
-    reduced = q.dtype in (torch.bfloat16, torch.float16)
-    if reduced and q.device.type == "cpu" and not dropout and not torch.is_grad_enabled():
-        return _attend_chunked(q, k, v, mask)
+    if q.device.type == "cpu" and not torch.is_grad_enabled():
+        if q.dtype in (torch.bfloat16, torch.float16) and not dropout and _chunks_win(q.dtype):
+            return _attend_chunked(q, k, v, mask)
+        # rows of a packed projection lie whole pages apart and fall into few sets of the cache, and these are read often
+        k, v = k.contiguous(), v.contiguous()
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
+@cache
+def _chunks_win(dtype: torch.dtype) -> bool:
+    """Whether products with an explicit softmax are clearly faster here than torch's fused kernel.
+
+    On some CPUs the fused kernel gains nothing from reduced precision, while products and softmax do.
+    """
+    x = torch.full(_PROBE, 0.5, dtype=dtype)
+    fused = best_time(lambda: F.scaled_dot_product_attention(x, x, x))
+    return fused > _CLEARLY * best_time(lambda: _attend_chunked(x, x, x, None))
 
 
 def _attend_chunked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -86,7 +86,10 @@ class EncoderLayer(nn.Module):
         return self.linear2(self.dropout(F.relu(self.linear1(x))))
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Everything after attention, for a post-norm layer."""
+        """Everything after attention, for a post-norm layer; ``attended`` is overwritten without gradients."""
+        if not (self.training or torch.is_grad_enabled()):
+            x = self.norm1(attended.add_(x))
+            return self.norm2(self.linear2(F.relu_(self.linear1(x))).add_(x))
         x = self.norm1(x + self.dropout(attended))
         return self.norm2(x + self.dropout(self.feed_forward(x)))
 

@@ -7,6 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from scfm.backbones.scfoundation.layers import TransformerLayer
+from scfm.backbones.scgpt import SCGPTConfig
+from scfm.backbones.scgpt.module import EncoderLayer
 from scfm.nn import attention
 
 
@@ -41,3 +44,24 @@ def test_the_kernel_is_chosen_by_its_time(monkeypatch):
     choose = attention._chunks_win.__wrapped__
     assert choose(torch.bfloat16)
     assert not choose(torch.bfloat16)  # no clear difference
+
+
+def scgpt_layer(x):
+    layer = EncoderLayer(SCGPTConfig(dim=16, n_heads=2, ffn_dim=24)).eval()
+    return lambda: layer(x[None])[0]
+
+
+def scfoundation_layer(x):
+    layer = TransformerLayer(16, 2, 0.0).eval()
+    return lambda: layer(x, [len(x)])
+
+
+@pytest.mark.parametrize("make", [scgpt_layer, scfoundation_layer])
+def test_residuals_keep_their_precision_under_autocast(make):
+    """Validation has no gradients, training has; with mixed precision both must add to the same float32 stream."""
+    torch.manual_seed(0)
+    run = make(torch.randn(9, 16) * 10)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = run().detach()
+        with torch.no_grad():
+            np.testing.assert_allclose(run(), expected, atol=1e-6)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # block sizes at which the scores of one step stay in the cache
 _QUERY_BLOCK = 256
 _SCORE_BLOCK = 1 << 22
-# heads, tokens and width on which the kernels are compared
+# cells, heads, tokens and width on which the kernels are compared
 _PROBE = (1, 8, 1024, 64)
 # how much faster chunks have to be on it, so that noise does not decide where both are alike
 _CLEARLY = 1.25

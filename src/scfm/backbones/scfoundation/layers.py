@@ -1,7 +1,7 @@
 """Layers of scFoundation's softmax encoder, on ragged batches.
 
 Each layer has one definition in terms of its sub-modules. Without gradients it runs over a few hundred or thousand
-tokens at a time, so that what lies between two matrix products stays in the cache, and adds residuals in place.
+tokens at a time, so that what lies between two matrix products stays in the cache.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class TransformerLayer(nn.Module):
         out = torch.empty_like(x)
         step = rows_per_step(x, self.linear1.out_features, _STEP_PER_THREAD)
         for rows, some, target in zip(attended.split(step), x.split(step), out.split(step), strict=True):
-            y = self.norm1(self.out(rows).add_(some))
-            target.copy_(self.norm2(self.linear2(F.relu_(self.linear1(y))).add_(y)))
+            y = self.norm1(some + self.out(rows))
+            target.copy_(self.norm2(y + self.linear2(F.relu_(self.linear1(y)))))
         return out
 
     def attention_map(self, x: Tensor, places: Tensor) -> Tensor:

@@ -87,7 +87,8 @@ class EncoderLayer(nn.Module):
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Everything after attention, for a post-norm layer; ``attended`` is overwritten without gradients."""
-        if not (self.training or torch.is_grad_enabled()):
+        # under autocast the stream is wider than what is added to it
+        if not (self.training or torch.is_grad_enabled()) and attended.dtype == x.dtype:
             x = self.norm1(attended.add_(x))
             return self.norm2(self.linear2(F.relu_(self.linear1(x))).add_(x))
         x = self.norm1(x + self.dropout(attended))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tracemalloc
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -95,6 +96,17 @@ def test_forms_of_the_result(controls, tmp_path):
     for name, values in dense.items():
         np.testing.assert_array_equal(back.layers[name], values)
     assert back.obs_names.equals(controls.obs_names)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 7])
+def test_blocks_of_cells_and_chunks_of_a_file_need_not_meet(controls, tmp_path, monkeypatch, batch_size):
+    monkeypatch.setattr("scfm.tl._perturb._CHUNK", 3 * 4 * controls.n_vars)
+    tl.perturb(controls, ["A", "B"], Learner())
+    tl.perturb(controls, ["A", "B"], Learner(), out=tmp_path / "out.h5ad", batch_size=batch_size, key_added="file")
+    with h5py.File(tmp_path / "out.h5ad") as store:
+        assert store["layers/file_A"].chunks == (3, controls.n_vars)
+        for name in "AB":
+            np.testing.assert_allclose(store[f"layers/file_{name}"], controls.layers[f"perturbed_{name}"], rtol=1e-6)
     assert [path.name for path in tmp_path.iterdir()] == ["out.h5ad"]
     with pytest.raises(FileExistsError, match="exists"):
         tl.perturb(controls, "A", Learner(), out=tmp_path / "out.h5ad")

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _DTYPES = ("float32", "float16")
 _KEEP = ("layers", "summary")
 _LARGE = 4 * 2**30
+# bytes of a chunk in a file
+_CHUNK = 1 << 18
 _COLUMNS = ("perturbation", "rank", "gene", "change", "std_cells", "std_models")
 
 
@@ -256,11 +258,13 @@ def _file(adata: AnnData, file: Path, names: Sequence[str], key: str, dtype: str
     with TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
         part = Path(folder) / file.name
         AnnData(obs=adata.obs.copy(), var=adata.var.copy()).write_h5ad(part)
-        with h5py.File(part, "r+") as store:
+        # each open layer would keep chunks of its own in memory; small ones are cheap to read again where blocks meet
+        with h5py.File(part, "r+", rdcc_nbytes=0) as store:
             layers = store.require_group("layers")
             arrays = {}
+            rows_per_chunk = max(1, _CHUNK // (adata.n_vars * np.dtype(dtype).itemsize))
+            chunks = (min(adata.n_obs, rows_per_chunk), adata.n_vars)
             for name in names:
-                chunks = (min(adata.n_obs, 256), adata.n_vars)
                 array = layers.create_dataset(
                     _keys.perturbed(key, name), adata.shape, dtype, chunks=chunks, compression="lzf"
                 )

@@ -238,6 +238,18 @@ def test_newer_format_and_foreign_header(tmp_path):
         store.read(path)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="rights of files are those of POSIX")
+@pytest.mark.parametrize(("mask", "file", "directory"), [(0o022, 0o644, 0o755), (0o007, 0o660, 0o770)])
+def test_others_may_read_what_the_umask_lets_them(tmp_path, mask, file, directory):
+    before = os.umask(mask)
+    try:
+        path = save(tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == directory
+    assert {name: (path / name).stat().st_mode & 0o777 for name in names(path)} == dict.fromkeys(names(path), file)
+
+
 def test_small_text_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
     path = tmp_path / "file.txt"
     _files.write_text(path, "old")

@@ -36,7 +36,7 @@ def write_text(path: Path, text: str) -> None:
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
-        Path(temporary).chmod(0o666 & ~_umask())
+        give_rights(Path(temporary))
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -90,7 +90,7 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     staged = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.new-"))
     try:
         yield staged
-        staged.chmod(0o777 & ~_umask())
+        _open_up(staged)
         _publish(staged, path, overwrite=overwrite)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -113,8 +113,17 @@ def _publish(staged: Path, path: Path, *, overwrite: bool) -> None:
     shutil.rmtree(backup, ignore_errors=True)
 
 
-def _umask() -> int:
-    """Temporary files are private; published ones get the rights that the user's other files have."""
+def give_rights(path: Path) -> None:
+    """Give a file or directory that was made private the rights that the user's other ones have.
+
+    Temporary files are private, and so are those that ``safetensors`` writes.
+    """
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+def _open_up(directory: Path) -> None:
+    for path in (directory, *directory.rglob("*")):
+        if not path.is_symlink():
+            give_rights(path)

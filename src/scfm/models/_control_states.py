@@ -14,6 +14,7 @@ import torch
 
 from .. import _logging, engine
 from .._settings import settings
+from ..checkpoints._files import give_rights
 from ..engine._fingerprint import _hash_weights, fingerprint
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ def _write(task: engine.Task, file: Path, shape: tuple[int, ...], dtype: str) ->
     os.close(handle)
     try:
         _fill(task, name, shape, dtype)
+        give_rights(Path(name))
         Path(name).replace(file)
     finally:
         Path(name).unlink(missing_ok=True)

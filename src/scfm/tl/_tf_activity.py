@@ -13,6 +13,7 @@ from anndata import AnnData
 
 from .. import __version__, _keys, _logging
 from .._optional import require
+from ..checkpoints._files import give_rights
 from ..data import open_source
 from ..metrics import regulon_specificity
 from ._attention_maps import DIFFERENCE
@@ -228,6 +229,7 @@ def write_adjacencies(
     os.close(handle)
     try:
         table.to_csv(temporary, sep="\t", index=False, compression="gzip" if path.suffix == ".gz" else None)
+        give_rights(Path(temporary))
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -63,6 +63,20 @@ def test_version_and_help_are_quick_and_need_no_torch():
     assert done.stdout.strip() == scfm.__version__
 
 
+def test_module_is_the_script():
+    done = subprocess.run([sys.executable, "-m", "scfm", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == scfm.__version__
+    done = subprocess.run(
+        [sys.executable, "-m", "scfm", "embed", "missing.h5ad", "-o", "out.h5ad"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "missing.h5ad" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_demo(tmp_path, capsys):
     assert main(["-q", "demo", "-o", str(tmp_path)]) == 0

@@ -9,6 +9,9 @@ import pytest
 
 os.environ.setdefault("SCFM_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # for good, also in processes that tests start; numba gives torch as many threads as it takes itself
+    os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
 
 SHARED = Path(os.environ.get("SCFM_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
@@ -46,8 +49,6 @@ def _one_thread_for_tiny_networks(request):
     import torch
 
     if "PYTEST_XDIST_WORKER" in os.environ:
-        # for good, also in processes that tests start
-        os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
     if request.path.parent.name not in ("benchmark", "models", "tasks", "tl"):
         yield

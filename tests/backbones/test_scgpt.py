@@ -255,6 +255,31 @@ def test_reconstruction_has_nan_at_padding_and_its_options_are_checked(tiny_scgp
         tiny_scgpt(mvc=None).reconstruct(tokens, decoder="cell")
 
 
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize(("rank", "scores"), [(False, "softmax"), (False, "raw"), (True, None)])
+def test_attention_between_chosen_genes_is_part_of_the_whole_map(tiny_scgpt, monkeypatch, rank, scores, average):
+    from scfm.backbones.scgpt import attention
+
+    backbone = tiny_scgpt()
+    tokens = backbone.tokenize(counts_of(3), GENES)
+    options = {"rank": rank, "scores": scores, "average_heads": average}
+    whole = backbone.attention(tokens, 0, **options)
+    names = ["GENE7", "GENE0", "GENE29", "GENE7"]
+    for step in (1, 1 << 24):
+        monkeypatch.setattr(attention, "_STEP", step)
+        some = backbone.attention(tokens, 0, genes=names, **options)
+        for cell, length in enumerate(tokens.lengths.tolist()):
+            ids = tokens.ids[cell, :length].tolist()
+            places = [ids.index(i) if i in ids else -1 for i in backbone.gene_ids(names).tolist()]
+            for row, query in enumerate(places):
+                for column, key in enumerate(places):
+                    got = some[cell, ..., row, column]
+                    if min(query, key) < 0:
+                        assert got.isnan().all()
+                    else:
+                        torch.testing.assert_close(got, whole[cell, ..., query, key])
+
+
 def test_attention_rows_sum_to_one_and_layers_are_checked(tiny_scgpt):
     backbone = tiny_scgpt()
     tokens = backbone.tokenize(counts_of(), GENES)

@@ -94,11 +94,17 @@ def test_scores_by_hand():
     assert scores["AUPR"] == pytest.approx((1 + 2 / 3) / 2)
 
 
-def test_stronger_of_repeated_edges_and_nothing_for_self_loops():
+def test_stronger_of_repeated_edges_and_edges_of_a_gene_to_itself():
     known = table(("a", "b"), ("a", "c"))
     scores = network_scores(known, table(("a", "b", 0.1), ("a", "b", -3), ("a", "a", 2), ("a", "c", 1)))
-    assert scores["early hits"] == 2  # the self loop takes no place
-    assert scores["AUPR"] == pytest.approx((1 + 2 / 3) / 2)  # but here it counts as a pair
+    assert scores["early hits"] == 1  # the edge of a to itself is the second
+    assert scores["EPR"] == pytest.approx(1 / (2 * 2 / (1 * 3 - 1)))
+    assert scores["AUPR"] == pytest.approx((1 + 2 / 3) / 2)
+    # a known edge of a gene to itself is one of the K
+    known = table(("a", "b"), ("a", "a"), ("d", "c"))
+    scores = network_scores(known, table(("a", "b", 3), ("d", "b", 2), ("d", "c", 1)))
+    assert scores["early hits"] == 2
+    assert scores["EPR"] == pytest.approx(2 / (3 * 3 / (2 * 4 - 2)))
 
 
 def test_ties_at_the_boundary_count_on_average():

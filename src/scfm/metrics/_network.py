@@ -36,11 +36,12 @@ def network_scores(known: pd.DataFrame, edges: pd.DataFrame) -> dict[str, float]
     ``AUPR ratio``
         The same divided by the share of pairs that are known edges, which is what chance gives.
     ``early hits``
-        Known edges among the strongest ``K`` predicted ones, with ``K`` the number of known edges. Of edges that share the
-        last weight, as many count as would on average in random order.
+        Known edges among the strongest ``K`` predicted ones, with ``K`` the number of known edges, those of a gene to itself
+        included. Of edges that share the last weight, as many count as would on average in random order.
     ``EPR``
-        Early precision ratio: early hits divided by those of chance, ``K * K / pairs``. A gene is not paired with itself
-        here.
+        Early precision ratio: early hits divided by ``K * K / (sources * genes - sources)``, as DeepSEM and scLong define
+        it: chance is counted over pairs of different genes. A method that predicts no edge of a gene to itself stays a
+        little below 1 by chance if ``known`` has some.
 
     Raises
     ------
@@ -74,9 +75,9 @@ def network_scores(known: pd.DataFrame, edges: pd.DataFrame) -> dict[str, float]
     inside = (rows >= 0) & (columns >= 0)
     np.maximum.at(score, (rows[inside], columns[inside]), weights[inside])
     aupr = float(average_precision_score(truth.ravel(), score.ravel()))
-    different = np.ones(shape, dtype=bool)
-    different[np.arange(len(sources)), genes.get_indexer(sources)] = False
-    hits, expected = _early_hits(truth[different], score[different])
+    hits = _early_hits(truth.ravel(), score.ravel())
+    n_pairs = truth.size - len(sources)
+    expected = int(truth.sum()) ** 2 / n_pairs if n_pairs else 0.0
     return {
         "AUPR": aupr,
         "AUPR ratio": aupr / float(truth.mean()),
@@ -85,18 +86,15 @@ def network_scores(known: pd.DataFrame, edges: pd.DataFrame) -> dict[str, float]
     }
 
 
-def _early_hits(truth: np.ndarray, score: np.ndarray) -> tuple[float, float]:
-    """Hits among the strongest edges, as many as are known, and what chance gives."""
-    n_known = int(truth.sum())
+def _early_hits(truth: np.ndarray, score: np.ndarray) -> float:
+    """Hits among the strongest edges, as many as are known."""
     has_edge = score > _NO_EDGE
-    n_taken = min(n_known, int(has_edge.sum()))
-    expected = n_known**2 / len(truth) if len(truth) else 0.0
+    n_taken = min(int(truth.sum()), int(has_edge.sum()))
     if not n_taken:
-        return 0.0, expected
+        return 0.0
     last = -np.partition(-score, n_taken - 1)[n_taken - 1]
     above, tied = score > last, score == last
-    hits = truth[above].sum() + (n_taken - above.sum()) * truth[tied].mean()
-    return float(hits), expected
+    return float(truth[above].sum() + (n_taken - above.sum()) * truth[tied].mean())
 
 
 def edges_from_matrix(

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from .._tokens import TokenBatch
 
 
+# numbers of scores in memory at once
+_STEP = 1 << 24
+
+
 class SCGPTAttention:
     """The part of the backbone that shows attention."""
 
@@ -48,17 +52,32 @@ class SCGPTAttention:
             Replace scores by their ranks among the keys of a cell, and these by their ranks among the queries, as
             scGPT does for regulatory networks.
         """
-        places = self.gene_ids(genes)
+        ids = self.gene_ids(genes)
         scores = scores or ("raw" if rank else "softmax")
         q, k, padding = self._queries_and_keys(tokens, layer)
-        if scores == "raw":
-            weights = (q.float() @ k.float().transpose(-1, -2)).masked_fill(tokens.padding[:, None, None, :], torch.nan)
-        else:
-            weights = attention_weights(q, k, padding)
-        if rank:
-            weights = _ranked(weights, tokens.lengths.tolist())
-        weights = weights.mean(1) if average_heads else weights
-        return weights if places is None else _chosen(weights, tokens, places)
+        padding = tokens.padding if scores == "raw" else padding
+        place = there = None
+        if ids is not None:
+            there, place = _places(tokens, ids)
+        lengths = tokens.lengths.tolist()
+        # maps of all tokens and heads are large, those of the chosen genes are not
+        step = 1 if rank else max(1, _STEP // max(1, q.shape[1] * q.shape[2] ** 2))
+        parts = []
+        for start in range(0, len(lengths), step):
+            some = slice(start, start + step)
+            columns = None if place is None else place[some]
+            rows = columns if not rank else None
+            weights = _weights(q[some], k[some], None if padding is None else padding[some], scores, rows)
+            if rank:
+                weights = _ranked(weights, lengths[start], columns)
+            elif columns is not None:
+                weights = weights.take_along_dim(columns[:, None, None, :], -1)
+            weights = weights.mean(1) if average_heads else weights
+            if there is not None:
+                pairs = there[some, :, None] & there[some, None, :]
+                weights = weights.masked_fill(~(pairs if average_heads else pairs[:, None]), torch.nan)
+            parts.append(weights)
+        return torch.cat(parts)
 
     def _cell_attention(self, tokens: TokenBatch, genes: Tensor | None, *, layer: int = -1) -> Tensor:
         """Ranks of the genes among the products of the query of ``<cls>`` with their keys, averaged over heads."""
@@ -91,22 +110,41 @@ class SCGPTAttention:
         return q, k, padding
 
 
-def _ranked(weights: Tensor, lengths: list[int]) -> Tensor:
-    """Ranks among keys, then among queries, of each cell; NaN at padding."""
-    out = torch.full_like(weights, torch.nan)
-    for some, target, n in zip(weights, out, lengths, strict=True):
-        # ranks of different queries are equal all the time; only torch's own order of equals is the one of upstream,
-        # and it depends on the length, so that padding must not take part
-        rows = rank_normalize(some[:, :n, :n], -1)
-        target[:, :n, :n] = rank_normalize(rows, -2, stable=False)
-    return out
+def _weights(q: Tensor, k: Tensor, padding: Tensor | None, scores: str, rows: Tensor | None) -> Tensor:
+    """Scores of some queries and all keys, ``(cells, heads, rows, length)``; raw ones are NaN at padding."""
+    if rows is not None:
+        q = q.take_along_dim(rows[:, None, :, None], 2)
+    if scores == "softmax":
+        return attention_weights(q, k, padding)
+    weights = q.float() @ k.float().transpose(-1, -2)
+    return weights if padding is None else weights.masked_fill(padding[:, None, None, :], torch.nan)
 
 
-def _chosen(weights: Tensor, tokens: TokenBatch, ids: Tensor) -> Tensor:
-    """Rows and columns of some genes, NaN where a cell has no token of them."""
-    found = (tokens.ids[:, None] == ids[:, None]) & ~tokens.padding[:, None]
-    there, place = found.any(-1), found.int().argmax(-1)
-    if weights.ndim == 4:
-        there, place = there[:, None], place[:, None]
-    rows = weights.take_along_dim(place[..., :, None], -2).take_along_dim(place[..., None, :], -1)
-    return rows.masked_fill(~(there[..., :, None] & there[..., None, :]), torch.nan)
+def _ranked(weights: Tensor, length: int, places: Tensor | None) -> Tensor:
+    """Ranks among keys, then among queries, of one cell ``(1, heads, length, length)``; NaN at padding.
+
+    Of ``places`` only these queries and keys are returned.
+    """
+    # ranks of different queries are equal all the time; only torch's own order of equals is the one of upstream,
+    # and it depends on the length, so that padding must not take part
+    ranks = rank_normalize(weights[:, :, :length, :length], -1)
+    if places is None:
+        out = torch.full_like(weights, torch.nan)
+        out[:, :, :length, :length] = rank_normalize(ranks, -2, stable=False)
+        return out
+    ranks = rank_normalize(ranks.take_along_dim(places[:, None, None, :], -1), -2, stable=False)
+    return ranks.take_along_dim(places[:, None, :, None], -2)
+
+
+def _places(tokens: TokenBatch, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether each cell has a token of each gene, and where its first one is, ``(cells, genes)`` each; 0 where it has none."""
+    wanted, which = torch.unique(ids, return_inverse=True)
+    n_wanted, length = len(wanted), tokens.ids.shape[1]
+    columns = torch.searchsorted(wanted, tokens.ids).clamp_max(max(0, n_wanted - 1))
+    # what is not wanted goes into a column that is cut off
+    columns = columns.masked_fill((wanted[columns] != tokens.ids) | tokens.padding, n_wanted)
+    place = torch.full((len(tokens), n_wanted + 1), length, device=ids.device)
+    position = torch.arange(length, device=ids.device).expand_as(columns)
+    place = place.scatter_reduce_(1, columns, position, "amin")[:, :-1][:, which]
+    there = place < length
+    return there, place.masked_fill(~there, 0)

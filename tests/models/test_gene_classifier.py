@@ -187,6 +187,12 @@ def test_unknown_genes_are_said(vectors, labels, capsys):
     assert "1 labelled genes have no vector and are left out: nobody" in said
 
 
+def test_ids_without_a_table_of_ids_say_what_is_missing():
+    labels = pd.Series(["a", "b"] * 4, index=[f"ENSG{i:011d}" for i in range(8)])
+    with pytest.raises(ValueError, match="give aliases="):
+        GeneClassifier("scgpt-mini", labels)
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_save_and_load(vectors, labels, functions, several, tmp_path):
     model = GeneClassifier(

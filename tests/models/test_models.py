@@ -563,6 +563,17 @@ def test_batches_reach_a_network_that_has_an_input_for_them(tiny, make_data):
     assert not np.allclose(model.get_reconstruction(switched).data, there.data, atol=1e-4)
 
 
+def test_tools_take_a_trained_class(make_data, tiny):
+    data = make_data()
+    SCGPT.setup_anndata(data)
+    model = fresh("scgpt", tiny, data)
+    scfm.tl.embed(data, model, key_added="class", progress=False)
+    scfm.tl.embed(data, model.backbone, key_added="backbone", progress=False)
+    np.testing.assert_array_equal(data.obsm["class"], data.obsm["backbone"])
+    with pytest.raises(TypeError, match="not dict"):
+        scfm.tl.embed(data, {"scgpt": 1})
+
+
 def test_kinds_of_other_packages_have_a_class(monkeypatch):
     monkeypatch.setattr("scfm.models.backbone_kinds", lambda: ["genebag"])
     cls = model_class("genebag")

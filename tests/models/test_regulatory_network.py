@@ -183,6 +183,10 @@ def test_edges_are_averaged_over_the_last_epochs(network):
 
 def test_scores(network):
     assert network.score(KNOWN) == network_scores(KNOWN, network.get_edges())
+    more = pd.concat([KNOWN, pd.DataFrame({"source": KNOWN["source"].iloc[0], "target": ["not measured", "nor this"]})])
+    assert network.score(more) == network.score(KNOWN)
+    assert network.score(more, unmeasured="count") == network_scores(more, network.get_edges())
+    assert network.score(more, unmeasured="count")["EPR"] != network.score(KNOWN)["EPR"]
     each = network.score(KNOWN, average="scores")
     assert set(each) == set(network.score(KNOWN))
     assert 0 < each["AUPR"] <= 1

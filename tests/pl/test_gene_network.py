@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.collections import LineCollection, PatchCollection
+from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
 from scfm import pl, tl
@@ -71,6 +72,44 @@ def test_names_of_up_to_a_hundred_genes_do_not_overlap_and_are_in_the_picture(n_
     assert min(text.get_fontsize() for text in ax.texts) >= 6
     image = pixels(figure)
     assert 0.01 < (image[..., :3] < 0.9).any(-1).mean() < 0.9
+
+
+@pytest.mark.parametrize("n_genes", [10, 40, 100])
+def test_every_gene_with_an_edge_and_every_known_edge_is_drawn(n_genes):
+    adata = make(n_genes, top_k=5)
+    edges = adata.uns["gene_network"]["edges"]
+    weakest = edges[edges["source"] != edges["target"]].tail(3)
+    ax = pl.gene_network(adata, known=weakest[["source", "target"]], show=False)
+    assert set(drawn(ax)["names"]) == set(edges["source"]) | set(edges["target"])
+    assert min(drawn(ax)["lines"].get_linewidths()) > 0
+    red = [tuple(color[:3]) for color in drawn(ax)["lines"].get_colors()].count(to_rgb("#d1495b"))
+    assert red == 3
+    assert len(drawn(ax)["lines"].get_segments()) <= 3 * n_genes
+
+
+@pytest.mark.parametrize("layout_engine", [None, "constrained"])
+def test_on_given_axes_names_and_legend_have_room(layout_engine):
+    adata = make(40, top_k=5)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout=layout_engine)
+    pl.gene_network(adata, ax=left, show=False)
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in left.texts]
+    low, high = np.array([box.min for box in boxes]), np.array([box.max for box in boxes])
+    overlap = ((low[:, None] < high[None]) & (low[None] < high[:, None])).all(-1)
+    assert overlap.sum() == len(boxes)
+    for patch, text in zip(left.patches, left.texts, strict=True):
+        frame, name = patch.get_window_extent(), text.get_window_extent()
+        assert frame.xmin - 1 <= name.xmin < name.xmax <= frame.xmax + 1
+    legend = left.get_legend().get_window_extent()
+    assert high[:, 0].max() < legend.xmin
+    assert legend.xmax <= left.get_window_extent().xmax + 1 < right.get_window_extent().xmin
+
+
+def test_groups_without_edges_say_what_to_do():
+    adata = make(10, top_k=3)
+    adata.uns["gene_network"]["edges"] = adata.uns["gene_network"]["edges"].assign(condition="a").iloc[:0]
+    with pytest.raises(ValueError, match="lower the threshold"):
+        pl.gene_network(adata, show=False)
 
 
 def test_width_of_lines_follows_the_weight_and_known_edges_are_red():
@@ -230,3 +269,14 @@ def test_the_most_specific_factors_of_each_type_are_named():
         pl.tf_specificity(adata, groups=["z"])
     with pytest.raises(KeyError, match="groupby="):
         pl.tf_specificity(adata, key="none")
+
+
+def test_names_of_few_factors_stand_beside_the_dots():
+    scores = pd.DataFrame({f"TF{i}": [0.9 - 0.1 * i] for i in range(4)}, index=["T cells"])
+    adata = ad.AnnData(np.zeros((1, 1), dtype=np.float32))
+    adata.uns["tf_activity"] = {"specificity": scores}
+    axes = np.ravel(pl.tf_specificity(adata, show=False))
+    figure = axes[0].figure
+    figure.canvas.draw()
+    dots = np.concatenate([axes[0].transData.transform(item.get_offsets()) for item in axes[0].collections])
+    assert min(Text.get_window_extent(text).xmin for text in axes[0].texts) > dots[:, 0].max()

@@ -167,6 +167,29 @@ def test_similarity_is_clustered_and_markers_stand_out(adata, tmp_path):
     assert {t.get_text() for t in grid.ax_heatmap.get_xticklabels() if t.get_fontweight() == "bold"} == {"G1"}
 
 
+def test_markers_among_many_genes_have_names(adata):
+    rng = np.random.default_rng(0)
+    genes = np.array([f"G{i}" for i in range(150)])
+    values = np.corrcoef(rng.normal(size=(150, 20)))
+    adata.uns["gene_similarity"] = {"genes": genes, "similarity": values, "markers": genes[[3, 70, 71, 149]]}
+    grid = scfm.pl.gene_similarity(adata, show=False)
+    names = grid.ax_heatmap.texts
+    assert {text.get_text() for text in names} == {"G3", "G70", "G71", "G149"}
+    assert not overlaps(grid.figure, names)
+    order = genes[grid.dendrogram_row.reordered_ind]
+    for text in names:
+        assert order[int(text.xy[1])] == text.get_text()
+
+
+def test_one_group_is_not_scaled_away(adata):
+    activity = adata.uns["gene_programs"]["activity"].iloc[:1]
+    adata.uns["gene_programs"]["activity"] = activity
+    markers = adata.uns["gene_programs"]["markers"]
+    adata.uns["gene_programs"]["markers"] = markers[markers["group"] == activity.index[0]]
+    ax = scfm.pl.gene_programs(adata, show=False)
+    assert not any("scaled" in axis.get_ylabel() for axis in ax.figure.axes)
+
+
 def test_wrong_input_says_what_to_run(adata):
     for function, slot in (
         ("gene_programs", "gene_programs"),

@@ -234,6 +234,20 @@ def test_wrong_arguments(adata, sets, options, error, message):
         enrichment(adata, sets, **options)
 
 
+def test_programs_outside_the_background_are_named(adata, capsys):
+    enrichment(adata, SETS, programs={"inside": GENES[:5], "outside": ["FOO", "BAR"]}, min_size=2)
+    assert "'outside'" in capsys.readouterr().err
+    assert adata.uns["enrichment"]["params"]["n_programs"] == 1
+    with pytest.raises(ValueError, match="the names the same kind"):
+        enrichment(adata, SETS, programs=["FOO", "BAR"])
+
+
+def test_an_empty_file_is_said_to_be_empty(adata, tmp_path):
+    (tmp_path / "empty.gmt").write_text("")
+    with pytest.raises(ValueError, match="holds no gene set"):
+        enrichment(adata, tmp_path / "empty.gmt")
+
+
 def test_a_line_that_is_no_set_is_named(adata, tmp_path):
     (tmp_path / "x.gmt").write_text("a\tno\tG1\tG2\nonly a name\n")
     with pytest.raises(ValueError, match="line 2"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import tracemalloc
+from dataclasses import replace
 
 import anndata as ad
 import numpy as np
@@ -17,7 +18,7 @@ from tiny import TINY
 
 import scfm
 from scfm import engine
-from scfm.backbones import backbone_class, from_config
+from scfm.backbones import backbone_class, from_config, rebuilt
 from scfm.genes import GeneVocab
 from scfm.tl import cell_type_genes, gene_network
 from scfm.tl._network_edges import cosine_blocks, select_edges
@@ -25,7 +26,7 @@ from scfm.tl._network_edges import cosine_blocks, select_edges
 few = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 GENES = [f"GENE{i}" for i in (1, 4, 9, 3, 30, 12)]
 # so that every pair of genes is in every cell
-ALL_GENES = {"scgpt": {"include_zeros": True}}
+ALL_GENES = {"scgpt": {"include_zeros": True, "max_length": 64}}
 
 
 @pytest.fixture
@@ -337,6 +338,21 @@ def test_no_more_than_one_map_for_each_group_is_in_memory(scgpt, monkeypatch):
     assert tracemalloc.get_traced_memory()[1] - left < 2 * one  # a block at a time
     tracemalloc.stop()
     assert total == pytest.approx(n_genes**2 / 2, rel=0.01)
+
+
+def test_groups_that_would_share_a_slot_are_refused(grouped, scgpt):
+    grouped.obs["slash"] = ["T/B", "T_B"] * (grouped.n_obs // 2) + ["T/B"] * (grouped.n_obs % 2)
+    with pytest.raises(ValueError, match="same slot"):
+        gene_network(grouped, scgpt, method="attention", groupby="slash")
+
+
+def test_with_zeros_no_gene_is_left_out_by_the_limit_of_tokens(grouped, scgpt):
+    model = rebuilt(scgpt, replace(scgpt.config, max_length=5))
+    options = {"method": "attention", "include_zeros": True, "min_cells": 1, "top_k": 3}
+    gene_network(grouped, model, **options)
+    short = grouped.uns["gene_network"]["edges"]
+    gene_network(grouped, scgpt, **options)
+    pd.testing.assert_frame_equal(short, grouped.uns["gene_network"]["edges"])
 
 
 def test_too_many_genes_for_the_memory(scgpt):

@@ -13,6 +13,7 @@ from .. import _logging
 from ..backbones import random_copy
 from ..baselines import correlation_network, grnboost2_network, shuffled_network
 from ..metrics import network_scores
+from ..metrics._network import edges_between
 from ..models import RegulatoryNetwork
 from ..models._network_start import OF_MODEL
 from ..tl._inputs import load_backbone, result_name
@@ -115,7 +116,7 @@ def networks(
             raise ValueError(msg)
     bench = _Bench(
         _registered(adata, layer, counts_layer),
-        _between(known, adata),
+        edges_between(known, adata.var_names, "adata"),
         layer,
         tuple(starts),
         refine,
@@ -143,20 +144,6 @@ def _registered(adata: AnnData, layer: str | None, counts_layer: str | None) -> 
         warnings.simplefilter("ignore", UserWarning)
         RegulatoryNetwork.setup_anndata(work, layer=layer, counts_layer=counts_layer)
     return work
-
-
-def _between(known: pd.DataFrame, adata: AnnData) -> pd.DataFrame:
-    """Known edges between genes of the data, each once."""
-    if absent := [name for name in ("source", "target") if name not in known]:
-        msg = f"known lacks the column {', '.join(absent)}; it has {', '.join(map(str, known.columns)) or 'none'}"
-        raise ValueError(msg)
-    inside = known["source"].isin(adata.var_names) & known["target"].isin(adata.var_names)
-    if not inside.any():
-        msg = "no known edge is between genes of adata; names have to be the same, upper and lower case included"
-        raise ValueError(msg)
-    if not inside.all():
-        _logging.info(f"    {int((~inside).sum()):,} of {len(known):,} known edges have a gene that the data lack")
-    return known.loc[inside, ["source", "target"]].astype(str).drop_duplicates(ignore_index=True)
 
 
 @dataclass

@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import average_precision_score
 
+from .. import _logging
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -95,6 +97,41 @@ def _early_hits(truth: np.ndarray, score: np.ndarray) -> float:
     last = -np.partition(-score, n_taken - 1)[n_taken - 1]
     above, tied = score > last, score == last
     return float(truth[above].sum() + (n_taken - above.sum()) * truth[tied].mean())
+
+
+def edges_between(known: pd.DataFrame, genes: Sequence[str] | pd.Index | np.ndarray, where: str) -> pd.DataFrame:
+    """Known edges between some genes, each once.
+
+    Parameters
+    ----------
+    known
+        Known network, with the columns ``source`` and ``target``.
+    genes
+        Names of the genes.
+    where
+        What holds them, for messages.
+
+    Raises
+    ------
+    ValueError
+        If a column is missing, or no edge is left.
+    """
+    if absent := [name for name in ("source", "target") if name not in known]:
+        msg = f"known lacks the column {', '.join(absent)}; it has {', '.join(map(str, known.columns)) or 'none'}"
+        raise ValueError(msg)
+    names = pd.Index(np.asarray(genes).astype(str))
+    edges = known[["source", "target"]].astype(str)
+    inside = edges["source"].isin(names) & edges["target"].isin(names)
+    if not inside.any():
+        first = f", unlike {edges['source'].iloc[0]} -> {edges['target'].iloc[0]}" if len(edges) else ""
+        msg = (
+            f"no known edge is between genes of {where} ({', '.join(names[:3])} ...){first}; names have to be the same, upper and "
+            "lower case included"
+        )
+        raise ValueError(msg)
+    if not inside.all():
+        _logging.info(f"    {int((~inside).sum()):,} of {len(known):,} known edges have a gene that {where} lacks")
+    return edges[inside].drop_duplicates(ignore_index=True)
 
 
 def edges_from_matrix(

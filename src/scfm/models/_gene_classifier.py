@@ -54,7 +54,7 @@ class GeneClassifier:
     model
         Model whose vectors of genes are taken: a name, a folder, or a model from :func:`scfm.load`.
     labels
-        Known answers, indexed by gene symbols or Ensembl ids. A series has the class of each gene, which may be missing; a
+        Known answers, indexed by gene symbols, or by Ensembl ids if the model has them or ``aliases`` does. A series has the class of each gene, which may be missing; a
         table has a column of 0 and 1 for each function. Genes that the model does not know are reported and left out.
     embeddings
         Vectors of genes instead of a model, one row for each gene.
@@ -186,7 +186,13 @@ class GeneClassifier:
             )
             _logging.warning(f"{len(self.unknown_genes):,} labelled genes have no vector and are left out: {shown}")
         if not len(self.genes):
-            msg = f"none of the labelled genes has a vector in {self._table.origin}; are these symbols or Ensembl ids of human genes?"
+            msg = f"none of the labelled genes has a vector in {self._table.origin}; are these symbols of human genes?"
+            by_id = pd.Index(self.unknown_genes).astype(str).str.startswith("ENSG").any()
+            if by_id and self._table.vocab.ensembl_ids is None and self._table.aliases is None:
+                msg = (
+                    f"the labels have Ensembl ids, and {self._table.origin} knows genes by symbols only; give aliases=, a table "
+                    "of HGNC that says which id is which symbol, or index the labels by symbols"
+                )
             raise ValueError(msg)
         if not self.several and len(np.unique(self._codes)) < len(self.classes):
             lost = self.classes[~np.isin(np.arange(len(self.classes)), self._codes)]

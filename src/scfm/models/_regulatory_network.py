@@ -20,6 +20,7 @@ from ..backbones import Backbone, load
 from ..backbones._device import resolve_device
 from ..data import open_source
 from ..metrics import edges_from_matrix, network_scores
+from ..metrics._network import edges_between
 from ..tasks.deepsem import INVERSES, DeepSEM, StandardExpression, refine
 from ._alignment import align
 from ._expression_field import ExpressionField
@@ -409,7 +410,13 @@ class RegulatoryNetwork(PlainSaving, BaseModelClass):
         edges = edges_from_matrix(self._matrix(), self.genes, sources=sources)
         return edges if top_n is None else edges.head(top_n)
 
-    def score(self, known: pd.DataFrame, *, average: Literal["edges", "scores"] = "edges") -> dict[str, float]:
+    def score(
+        self,
+        known: pd.DataFrame,
+        *,
+        average: Literal["edges", "scores"] = "edges",
+        unmeasured: Literal["leave_out", "count"] = "leave_out",
+    ) -> dict[str, float]:
         """Compare the network with a known one.
 
         Parameters
@@ -420,6 +427,10 @@ class RegulatoryNetwork(PlainSaving, BaseModelClass):
             ``"edges"`` scores the network, averaged over the last epochs. ``"scores"`` scores each of these epochs, and
             averages the scores, as the authors of scLong do.
 
+        unmeasured
+            Known edges with a gene that the network does not have, which no method can predict: ``"leave_out"``, as BEELINE
+            and :func:`scfm.benchmark.networks` do, or ``"count"`` as missed, as the script of scLong does.
+
         Returns
         -------
         See :func:`scfm.metrics.network_scores`.
@@ -427,19 +438,16 @@ class RegulatoryNetwork(PlainSaving, BaseModelClass):
         Raises
         ------
         ValueError
-            If none of the known sources and targets is in the network.
+            If no known edge is between genes of the network.
         """
         if average not in ("edges", "scores"):
             msg = f"average must be 'edges' or 'scores'; got {average!r}"
             raise ValueError(msg)
-        sources, targets = (set(known[name].astype(str)) if name in known else None for name in ("source", "target"))
-        genes = set(map(str, self.genes))
-        if sources is not None and targets is not None and not (sources & genes and targets & genes):
-            msg = (
-                f"known edges such as {next(iter(sources), '')} -> {next(iter(targets), '')} have no gene in common with the "
-                f"network ({', '.join(map(str, self.genes[:3]))} ...); names have to be the same, upper and lower case included"
-            )
+        if unmeasured not in ("leave_out", "count"):
+            msg = f"unmeasured must be 'leave_out' or 'count'; got {unmeasured!r}"
             raise ValueError(msg)
+        inside = edges_between(known, self.genes, "the network")
+        known = inside if unmeasured == "leave_out" else known
         if average == "edges" or not len(self._kept):
             return network_scores(known, self.get_edges())
         each = [

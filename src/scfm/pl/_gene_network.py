@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from matplotlib.legend import Legend
 
     from ..tl._known_edges import Known
 
@@ -33,6 +34,7 @@ _PLAIN, _EDGE, _KNOWN = "#e3e6ea", "#8a93a0", "#d1495b"
 _MOST_COLORS = 12
 _LINES = (0.5, 3.0)
 _EDGES_PER_GENE = 3
+_NO_EDGE = "the network has no edge to draw; lower the threshold of scfm.tl.gene_network, or give it more genes"
 
 
 def gene_network(
@@ -70,7 +72,8 @@ def gene_network(
     max_genes
         Most genes to draw: of a larger network, those that the strongest edges connect.
     max_edges
-        Most edges to draw, the strongest first; by default 3 for each gene.
+        Most edges to draw, the strongest first; by default the strongest of each gene, known ones, and others up to 3 for
+        each gene.
     color
         Column of ``var`` that colours the genes; by default the gene programs if there are any.
     tfs
@@ -82,7 +85,8 @@ def gene_network(
     palette
         Colour map for the values of ``color``.
     ax
-        Axes to draw on; by default a figure that is as large as the network needs.
+        Axes to draw on, with the legend inside; names become smaller so that they fit, unless there is a ``font_size``. By
+        default a figure that is as large as the network needs.
     show, save
         Show the figure, or the file to save it to.
 
@@ -106,8 +110,9 @@ def gene_network(
     edges, title = _edges(adata, key, condition)
     edges = _among(edges, adata.uns[key]["nodes"], genes)
     edges, n_all = _strongest(edges, max_genes)
-    most = _EDGES_PER_GENE * len(_names(edges)) if max_edges is None else max_edges
-    edges = edges.iloc[:most]
+    is_known = np.zeros(len(edges), dtype=bool) if known is None else _is_known(edges, known)
+    shown = _enough(edges, is_known) if max_edges is None else np.arange(len(edges)) < max_edges
+    edges, is_known = edges[shown], is_known[shown]
     names = _names(edges)
     directed = bool(adata.uns[key]["directed"])
     size = font_size or float(np.clip(10.5 - len(names) / 25, 6.5, 9.5))
@@ -117,8 +122,9 @@ def gene_network(
     wide, high = (places + boxes / 2).max(0)
     groups = _groups(adata, names, color)
     colors = _colors(groups, palette)
+    legend = _legend_width(colors, tfs, known)
+    given = ax is not None
     if ax is None:
-        legend = _legend_width(colors, tfs, known)
         figure, ax = plt.subplots(figsize=(max(wide, 2.5) + 0.3 + legend, max(high, 1.8) + 0.6))
         figure.subplots_adjust(
             left=0.15 / figure.get_figwidth(),
@@ -126,16 +132,32 @@ def gene_network(
             bottom=0.15 / figure.get_figheight(),
             top=1 - 0.4 / figure.get_figheight(),
         )
-    is_known = np.zeros(len(edges), dtype=bool) if known is None else _is_known(edges, known)
+    scale, limits = (
+        _fitted(ax, wide, high, legend)
+        if given
+        else (1.0, (-0.08, max(wide, 0.1) + 0.08, -0.08, max(high, 0.1) + 0.08))
+    )
     _draw_edges(ax, edges["weight"].to_numpy(), places, boxes, source, target, is_known, directed=directed)
     regulators = np.isin(names, [] if tfs is None else list(tfs))
-    _draw_nodes(ax, names, places, boxes, size, [colors.get(group, _PLAIN) for group in groups], regulators)
-    ax.set(xlim=(-0.08, max(wide, 0.1) + 0.08), ylim=(-0.08, max(high, 0.1) + 0.08), xticks=[], yticks=[])
+    _draw_nodes(
+        ax,
+        names,
+        places,
+        boxes,
+        size * (1.0 if font_size else scale),
+        [colors.get(group, _PLAIN) for group in groups],
+        regulators,
+    )
+    ax.set(xlim=limits[:2], ylim=limits[2:], xticks=[], yticks=[])
     ax.set_aspect("equal")
     ax.spines[:].set_visible(False)
     shown = f"{len(names):,} of {n_all:,} genes" if n_all > len(names) else f"{len(names):,} genes"
     ax.set_title(f"{title}{shown}, {len(edges):,} edges", fontsize="medium")
-    _draw_legend(ax, colors, edges["weight"].to_numpy(), color or _keys.GENE_PROGRAM, regulators.any(), is_known.any())
+    handles = _draw_legend(
+        ax, colors, edges["weight"].to_numpy(), color or _keys.GENE_PROGRAM, regulators.any(), is_known.any()
+    )
+    if given:
+        handles.set_loc("upper right")
     return finish(ax.figure, ax, show=show, save=save)
 
 
@@ -151,11 +173,13 @@ def _edges(adata: AnnData, key: str, condition: str | None) -> tuple[pd.DataFram
             msg = f"the network in uns[{key!r}] has no conditions; leave condition= out"
             raise KeyError(msg)
         return edges, ""
+    if edges.empty:
+        raise ValueError(_NO_EDGE)
     conditions = list(dict.fromkeys(edges["condition"].astype(str)))
-    if condition is None and conditions:
+    if condition is None:
         condition = DIFFERENCE if DIFFERENCE in conditions else conditions[0]
     if condition not in conditions:
-        msg = f"the network has no edges in {condition!r}; there are {', '.join(conditions) or 'none'}"
+        msg = f"the network has no edges in {condition!r}; there are {', '.join(conditions)}"
         raise KeyError(msg)
     return edges[edges["condition"].astype(str) == condition], f"{condition}: "
 
@@ -169,8 +193,7 @@ def _among(edges: pd.DataFrame, nodes: np.ndarray, genes: Sequence[str] | None) 
             raise KeyError(msg)
         edges = edges[edges["source"].isin(list(genes)) & edges["target"].isin(list(genes))]
     if edges.empty:
-        msg = "the network has no edge to draw; lower the threshold of scfm.tl.gene_network, or give it more genes"
-        raise ValueError(msg)
+        raise ValueError(_NO_EDGE)
     return edges.sort_values("weight", ascending=False, kind="stable")
 
 
@@ -186,6 +209,29 @@ def _strongest(edges: pd.DataFrame, max_genes: int) -> tuple[pd.DataFrame, int]:
     last = newest[newest < max_genes].max(initial=1)
     kept = edges["source"].isin(names[: last + 1]) & edges["target"].isin(names[: last + 1])
     return edges[kept], len(names)
+
+
+def _enough(edges: pd.DataFrame, is_known: np.ndarray) -> np.ndarray:
+    """Which edges to draw: the first one of each gene, known ones, and then the strongest."""
+    codes, names = pd.factorize(edges[["source", "target"]].to_numpy().ravel())
+    first = pd.Series(np.arange(len(codes)) // 2).groupby(codes).min().to_numpy()
+    needed = is_known.copy()
+    needed[first] = True
+    n_more = max(0, _EDGES_PER_GENE * len(names) - int(needed.sum()))
+    needed[np.flatnonzero(~needed)[:n_more]] = True
+    return needed
+
+
+def _fitted(ax: Axes, wide: float, high: float, legend: float) -> tuple[float, tuple[float, float, float, float]]:
+    """Scale of a picture in inches on given axes, and the limits of these, with the legend on the right."""
+    # only a drawn figure knows what its layout engine does to the axes
+    ax.figure.draw_without_rendering()
+    box = ax.get_window_extent().transformed(ax.figure.dpi_scale_trans.inverted())
+    room = max(0.3 * box.width, box.width - legend)
+    scale = min(1.0, room / (wide + 0.16), box.height / (high + 0.16))
+    left = -(room / scale - wide) / 2
+    low = -(box.height / scale - high) / 2
+    return scale, (left, left + box.width / scale, low, low + box.height / scale)
 
 
 def _names(edges: pd.DataFrame) -> pd.Index:
@@ -316,7 +362,7 @@ def _legend_width(colors: dict, tfs: Sequence[str] | None, known: Known | None) 
 
 def _draw_legend(
     ax: Axes, colors: dict, weights: np.ndarray, title: str, has_regulators: bool, has_known: bool
-) -> None:
+) -> Legend:
     handles = []
     if colors:
         handles.append(plt.Line2D([], [], linestyle="", label=title.replace("_", " ")))
@@ -352,3 +398,4 @@ def _draw_legend(
         if text.get_text() in headings:
             text.set_weight("bold")
             text.set_x(-18)
+    return legend

@@ -96,6 +96,8 @@ def gene_programs(
     if ax is None:
         ax = _axes(names, list(map(str, activity.index)))
     low, high = activity.min(), activity.max()
+    # one group has nothing to be compared with
+    scale = scale and len(activity) > 1
     values = ((activity - low) / (high - low).where(high > low, 1.0) if scale else activity).to_numpy().T
     limits = {"vmin": 0, "vmax": 1 if scale else float(activity.to_numpy().max())}
     if kind == "heatmap" or "markers" not in result:

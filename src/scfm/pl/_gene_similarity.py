@@ -15,10 +15,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from anndata import AnnData
+    from matplotlib.axes import Axes
     from seaborn.matrix import ClusterGrid
 
 _CELL = 0.165
 _MOST_LABELS = 120
+# inches of a figure in which only markers have names
+_LARGE = 10.0
+_FONT = 7
 
 
 def gene_similarity(
@@ -76,7 +80,7 @@ def gene_similarity(
     table = pd.DataFrame(np.asarray(result["similarity"], dtype=float), index=genes, columns=genes)
     chosen = set(map(str, result["markers"] if markers is None else markers))
     named = len(genes) <= _MOST_LABELS
-    size = max(4.5, _CELL * min(len(genes), _MOST_LABELS) + 1.8)
+    size = max(4.5, _CELL * len(genes) + 1.8) if named else _LARGE
     others = table.to_numpy()[~np.eye(len(genes), dtype=bool)]
     # similarities of one sign fill a colour map of two signs badly
     # the diagonal, which is 1, does not decide about the colours
@@ -94,11 +98,17 @@ def gene_similarity(
     }
     grid = sns.clustermap(table, **(settings | options))
     ax = grid.ax_heatmap
+    if not named:
+        ax.set(xticks=[], yticks=[])
+        order = genes[_order(grid, len(genes))]
+        _name_markers(ax, [place for place, gene in enumerate(order) if gene in chosen], order, marker_color)
     for labels in (ax.get_xticklabels(), ax.get_yticklabels()):
         for label in labels:
             is_marker = label.get_text() in chosen
             label.set(
-                fontsize=7, color=marker_color if is_marker else "0.25", fontweight="bold" if is_marker else "normal"
+                fontsize=_FONT,
+                color=marker_color if is_marker else "0.25",
+                fontweight="bold" if is_marker else "normal",
             )
     ax.grid(visible=False)  # which Scanpy switches on for all figures
     ax.tick_params(length=0)
@@ -107,3 +117,44 @@ def gene_similarity(
         grid.ax_cbar.set_title("cosine", fontsize=8)
         grid.ax_cbar.tick_params(labelsize=7)
     return finish(grid.figure, grid, show=show, save=save)
+
+
+def _order(grid: ClusterGrid, n: int) -> np.ndarray:
+    """Order of the genes from top to bottom."""
+    tree = grid.dendrogram_row
+    return np.arange(n) if tree is None else np.asarray(tree.reordered_ind)
+
+
+def _name_markers(ax: Axes, places: list[int], genes: np.ndarray, color: str) -> None:
+    """Names of some of many genes beside their rows, pushed apart where they would overlap."""
+    height = ax.get_window_extent().height / ax.figure.dpi * 72
+    gap = 1.25 * _FONT / height * len(genes)
+    rows = np.array(places, dtype=float) + 0.5
+    lines = rows.copy()
+    for i in range(1, len(lines)):
+        lines[i] = max(lines[i], lines[i - 1] + gap)
+    # what was pushed below the last row moves up again
+    for i in reversed(range(len(lines))):
+        below = lines[i + 1] - gap if i + 1 < len(lines) else len(genes) - 0.5 * gap
+        lines[i] = min(lines[i], below)
+    for place, row, line in zip(places, rows, lines, strict=True):
+        ax.annotate(
+            str(genes[place]),
+            xy=(1, row),
+            xytext=(1.03, line),
+            xycoords=ax.get_yaxis_transform(),
+            textcoords=ax.get_yaxis_transform(),
+            fontsize=_FONT,
+            color=color,
+            fontweight="bold",
+            va="center",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": color,
+                "linewidth": 0.6,
+                "shrinkA": 1,
+                "shrinkB": 0,
+                "relpos": (0, 0.5),
+            },
+        )

@@ -100,7 +100,9 @@ def _draw(ax: Axes, title: str, scores: pd.Series, n_top: int) -> None:
     span = max(high - low, 1e-3)
     # names stand below each other above the curve, with a line to each dot
     ax.set_ylim(low - 0.05 * span, high + _LINE * span * len(top))
-    right = 0.3 * len(scores) + 1
+    # beside the dots that are named, which are all of a few
+    right = max(0.3 * len(scores) + 1, len(top) + 0.6)
+    ax.set_xlim(0, max(len(scores) + 1, 1.9 * right))
     lines = high + _LINE * span * (len(top) - 0.7 - np.arange(len(top)))
     for rank, (name, score), y in zip(ranks, top.items(), lines, strict=False):
         ax.annotate(

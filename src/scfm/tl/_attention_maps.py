@@ -77,6 +77,13 @@ class Cells:
             raise ValueError(msg)
         if groupby is None:
             return cls(codes, ["all"], [])
+        slots = pd.Series(names, index=[name.replace("/", "_") for name in names], dtype=object)
+        if (twice := slots.index.duplicated(keep=False)).any():
+            msg = (
+                f"the groups {', '.join(map(repr, slots[twice]))} of obs[{groupby!r}] would get the same slot, since '/' is "
+                "written as '_'; rename one of them"
+            )
+            raise ValueError(msg)
         return cls(codes, names, [CONTROL, PERTURBED, DIFFERENCE] if compared else names)
 
 
@@ -156,6 +163,7 @@ def attention_maps(
         msg = f"min_cells must be a positive whole number; got {min_cells!r}"
         raise ValueError(msg)
     chosen = cells.codes >= 0
+    tokenize_options = _whole_cells(adata, backbone, tokenize_options)
     per_cell = {name: value for name, value in tokenize_options.items() if engine.is_per_cell(name, value)}
     with prepared(
         adata if chosen.all() else adata[chosen],
@@ -191,6 +199,17 @@ def attention_maps(
             raise ValueError(msg)
     record["n_cells"] = {name.replace("/", "_"): means.n_cells(i) for i, name in enumerate(cells.groups)}
     return AttentionMaps(kept, means, cells, min_cells, record)
+
+
+def _whole_cells(adata: AnnData, backbone: Backbone, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With zeros every gene is a token of every cell, so that a limit would leave other genes out of each."""
+    if (
+        not options.get("include_zeros")
+        or "max_length" in options
+        or "max_length" not in engine.accepted_options(backbone)
+    ):
+        return options
+    return {**options, "max_length": adata.n_vars + len(backbone.vocab.specials)}
 
 
 def _genes_of_model(adata: AnnData, match: GeneMatch, genes: Sequence[str] | None) -> tuple[pd.Index, np.ndarray]:

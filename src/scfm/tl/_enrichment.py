@@ -137,12 +137,23 @@ def enrichment(
         n_terms, n_background = sum(map(len, sets.values())), len(inside)
         if not n_terms:
             total = sum(map(len, libraries.values()))
+            if not total:
+                msg = "gene_sets= holds no gene set"
+                raise ValueError(msg)
             msg = (
                 f"none of the {total:,} gene sets has {min_size} to {max_size or len(inside):,} of the {len(inside):,} genes of "
                 "the background; are the names symbols in both?"
             )
             raise ValueError(msg)
         tested = {name: [gene for gene in members if gene in inside] for name, members in tested.items()}
+        if outside := [name for name, members in tested.items() if not members]:
+            if len(outside) == len(tested):
+                msg = f"no gene of the programs is in the background of {len(inside):,} genes; are the names the same kind in both?"
+                raise ValueError(msg)
+            _logging.warning(
+                f"no gene of {', '.join(map(repr, outside[:5]))}{' ...' if len(outside) > 5 else ''} is in the background; not tested"
+            )
+            tested = {name: members for name, members in tested.items() if members}
         table = _test(gseapy, tested, sets, n_background)
     table["p_adjusted"] = _corrected(table, correction, len(tested), n_terms)
     table["significant"] = table["p_adjusted"] < alpha

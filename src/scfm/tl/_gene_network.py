@@ -83,7 +83,9 @@ def gene_network(
     A pair of genes is averaged over the cells in which both are tokens. For models that see expressed genes only, these are
     the cells that express both, unless zeros become tokens, too (``include_zeros=True``). The network of the paper on scGPT
     is that of a model tuned on 1,200 highly variable genes: restrict ``adata`` to them, since ranks are those among all
-    tokens. No more than one map of genes by genes is in memory for each group.
+    tokens. With zeros a model takes all genes of ``adata``, whatever its limit of tokens (unless you give
+    ``max_length``). Without them a cell with more genes than the limit shows a part of them, and a pair of rarely expressed
+    genes may be in too few cells: see ``min_cells``. No more than one map of genes by genes is in memory for each group.
 
     Parameters
     ----------
@@ -310,7 +312,16 @@ def _write(
             table["condition"] = np.full(len(table), condition, dtype=object)
         tables.append(table)
         if not len(table):
-            _logging.warning(f"no edge is strong enough{'' if condition is None else f' in {condition!r}'}")
+            where = "" if condition is None else f" in {condition!r}"
+            few = (
+                ""
+                if record["params"]["method"] != "attention"
+                else (
+                    "; pairs that fewer than min_cells= cells have are left out, which are many where a model sees a part of the "
+                    "genes of a cell (max_length=)"
+                )
+            )
+            _logging.warning(f"no edge is strong enough{where}{few}")
     adata.uns[key] = {
         **record,
         "edges": pd.concat(tables, ignore_index=True).set_index(_index(sum(map(len, tables)))),

@@ -84,7 +84,8 @@ def gene_programs(
         Names of genes of ``adata`` to cluster. By default those that are known to the model and expressed in at least 3
         cells, restricted to ``n_top_genes``.
     n_top_genes
-        Highly variable genes (Scanpy's flavour ``"seurat"``) that are taken by default; ``None`` takes all.
+        How many of them are taken by default: those whose log-normalised expression varies most. Scanpy's dispersions would
+        leave out genes that a cell type expresses steadily, such as CD3 in T cells. ``None`` takes all.
     n_neighbors
         Neighbours of the graph, the gene itself included.
     metric
@@ -279,7 +280,7 @@ def _chosen(
             best[order] = most_variable(sorted_moments, candidates[order], n_top)
             if candidates.sum() > n_top:
                 _logging.info(
-                    f"    {n_top:,} highly variable genes of {int(candidates.sum()):,} that are known and expressed; "
+                    f"    the {n_top:,} most variable of {int(candidates.sum()):,} genes that are known and expressed; "
                     "genes= or n_top_genes= choose others"
                 )
             kept &= best[columns]

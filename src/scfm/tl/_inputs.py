@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,9 +36,17 @@ def load_backbone(model: Model, *, device: str, precision: str, weights: str | N
 
     Raises
     ------
+    TypeError
+        If ``model`` is neither of these.
     ValueError
         If ``weights`` is given for a model that is loaded already.
     """
+    if isinstance(getattr(model, "backbone", None), Backbone):
+        # a class of scfm.models around it
+        model = model.backbone
+    if not isinstance(model, Backbone | str | PathLike):
+        msg = f"model= needs the name or folder of a model, or a loaded or trained one, not {type(model).__name__}"
+        raise TypeError(msg)
     if not isinstance(model, Backbone):
         extra = {} if weights is None else {"weights": weights}
         return load(model, device=device, precision=precision, **extra)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from .._settings import settings
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    Known = pd.DataFrame | str | os.PathLike[str]
+    Known = pd.DataFrame | Mapping[str, Sequence[str]] | str | os.PathLike[str]
 
 _SOURCES = ("source", "tf", "TF", "regulator", "Gene1")
 _TARGETS = ("target", "gene", "target_gene", "Gene2")
@@ -32,8 +33,8 @@ def known_edges(known: Known) -> pd.DataFrame:
     Parameters
     ----------
     known
-        Data frame, file (``.csv``, ``.tsv``, ``.txt``, ``.parquet``; also compressed), or the name of a resource that
-        decoupler downloads, ``"collectri"`` or ``"dorothea"``. Regulators stand in a column ``source``, ``tf``, ``TF``,
+        Data frame, mapping from regulators to lists of targets, file (``.csv``, ``.tsv``, ``.txt``, ``.parquet``; also
+        compressed), or the name of a resource that decoupler downloads, ``"collectri"`` or ``"dorothea"``. Regulators stand in a column ``source``, ``tf``, ``TF``,
         ``regulator`` or ``Gene1``, targets in ``target``, ``gene``, ``target_gene`` or ``Gene2``.
 
     Raises
@@ -42,9 +43,17 @@ def known_edges(known: Known) -> pd.DataFrame:
         If there is no such file.
     OfflineError
         If a resource is named while scfm is offline.
+    TypeError
+        If it is something else.
     ValueError
         If a column is missing, or there are no edges.
     """
+    if isinstance(known, Mapping):
+        pairs = [(source, target) for source, targets in known.items() for target in targets]
+        known = pd.DataFrame(pairs, columns=["source", "target"])
+    if not isinstance(known, pd.DataFrame | str | os.PathLike):
+        msg = f"known edges are a table, a mapping or a file, not {type(known).__name__}"
+        raise TypeError(msg)
     table = known if isinstance(known, pd.DataFrame) else _read(known)
     source = next((name for name in _SOURCES if name in table), None)
     target = next((name for name in _TARGETS if name in table), None)

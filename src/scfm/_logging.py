@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _LEVELS = {0: logging.ERROR, 1: logging.WARNING, 2: logging.INFO, 3: logging.DEBUG}
 
@@ -60,3 +65,30 @@ def info(message: str, *, time: datetime | None = None, deep: str | None = None)
 def debug(message: str) -> datetime:
     """Log a detail."""
     return _emit(logging.DEBUG, message, None, None)
+
+
+class _Once(logging.Filter):
+    """Drops warnings that were given before."""
+
+    def __init__(self, given: set[str]) -> None:
+        super().__init__()
+        self.given = given
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING:
+            return True
+        message = record.getMessage()
+        new = message not in self.given
+        self.given.add(message)
+        return new
+
+
+@contextmanager
+def each_warning_once(given: set[str] | None = None) -> Iterator[None]:
+    """Within the block, what is true of every batch is said once; with ``given``, once in all blocks that share it."""
+    once = _Once(set() if given is None else given)
+    _logger.addFilter(once)
+    try:
+        yield
+    finally:
+        _logger.removeFilter(once)

@@ -53,6 +53,23 @@ def test_orders(bag, cells, expected, cell_order, gene_order):
     np.testing.assert_allclose(got, expected[list(cell_order)], atol=1e-6)
 
 
+def test_what_is_true_of_every_block_is_said_once(cells, capsys):
+    backbone = scfm.load("cellfm-mini", device="cpu")
+    cells.var_names = ["UNKNOWN", *backbone.vocab.names[backbone.vocab.is_gene][: cells.n_vars - 1]]
+    source, options = open_source(cells), {"include_zeros": True, "unknown": "pad"}
+    for repeats in (1, 2):
+        engine.visit(
+            backbone,
+            source,
+            backbone.vocab.match(source.var_names),
+            embed,
+            lambda *_: None,
+            options=options,
+            block_size=7,
+        )
+        assert capsys.readouterr().err.count("1 unknown genes of the panel") == 1, repeats
+
+
 def test_settings_batch_size_bounds_the_cells(bag, cells):
     sizes = []
 

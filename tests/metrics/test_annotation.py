@@ -132,3 +132,16 @@ def test_confusion_of_a_class_named_like_the_rejected():
     assert table.loc["rejected", "?"] == 1
     with pytest.raises(ValueError, match="'rows', 'columns'"):
         confusion_matrix(TRUE, GUESS, normalize="all")
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 1], [0.0, 1.0, 1.0], ["0", "1", "1"], pd.Categorical([0.0, 1.0, 1.0])])
+@pytest.mark.parametrize("predicted", [[0, 1, 1], ["0.0", "1.0", "1.0"], pd.Series([0.0, 1.0, 1.0])])
+def test_whole_numbers_are_alike_in_every_type(labels, predicted):
+    if isinstance(labels, list) and isinstance(labels[0], str) and isinstance(predicted, list):
+        predicted = [float(value) for value in predicted]
+    assert annotation_scores(labels, predicted)["accuracy"] == 1
+
+
+def test_text_that_looks_like_a_number_is_text_among_text():
+    assert annotation_scores(["1", "1.0"], ["1.0", "1.0"])["accuracy"] == 0.5
+    assert annotation_scores([1, 1.5, None][:2], [1.0, 1.5])["accuracy"] == 1

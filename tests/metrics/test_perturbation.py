@@ -13,7 +13,7 @@ from scipy.sparse import csc_matrix, csr_matrix
 from scipy.stats import pearsonr
 from sklearn.metrics import r2_score
 
-from scfm.metrics import condition_means, perturbation_scores
+from scfm.metrics import condition_means, de_quantiles, perturbation_scores
 
 CELLFM = {
     "MSE": "MSE",
@@ -84,6 +84,43 @@ def test_means_of_conditions(kind):
     assert list(table.index) == ["a", "b", "c"]
     np.testing.assert_array_equal(table, [[3, 0, 0], [3, 3, 1], [0, 0, 8]])
     assert list(condition_means(kind(expression), ["b", "a", "b", "c"], names=["c", "a"]).index) == ["c", "a"]
+
+
+@pytest.mark.parametrize("kind", [np.asarray, csr_matrix, csc_matrix])
+def test_share_of_changed_genes_near_the_median(kind):
+    rng = np.random.default_rng(0)
+    expression, labels = np.maximum(rng.normal(1, 1, (60, 9)), 0), np.array(["b", "a", "b"] * 20)
+    genes = [np.array([8, 0, 3]), np.array([1, 2])]
+    low, high = de_quantiles(kind(expression), labels, genes, names=["b", "a"])
+    assert list(low.index) == ["b", "a"]
+    for name, chosen in zip(("b", "a"), genes, strict=True):
+        block = expression[labels == name][:, chosen]
+        np.testing.assert_allclose(low.loc[name, chosen], np.quantile(block, 0.45, axis=0))
+        np.testing.assert_allclose(high.loc[name, chosen], np.quantile(block, 0.55, axis=0))
+        assert low.loc[name].notna().sum() == len(chosen)
+    truth = condition_means(expression, labels, names=["b", "a"]).to_numpy()
+    guess = truth.copy()
+    # one of three between the limits, one on a limit; both genes of the other beyond them
+    guess[0, 8], guess[0, 0], guess[0, 3] = (low.loc["b", 8] + high.loc["b", 8]) / 2, high.loc["b", 0], 99
+    guess[1, 1:3] = -1
+    scores = perturbation_scores(truth, guess, truth[0], de_genes=genes, quantiles=(low, high))
+    assert scores["DE within quantiles"].tolist() == pytest.approx([2 / 3, 0])
+    with pytest.raises(ValueError, match="those of de_genes"):
+        perturbation_scores(truth, guess, truth[0], quantiles=(low, high))
+    with pytest.raises(ValueError, match="quantiles holds values that are missing"):
+        perturbation_scores(truth, guess, truth[0], de_genes=genes[::-1], quantiles=(low, high))
+
+
+def test_changed_genes_without_dropouts_have_scores_of_their_own():
+    rng = np.random.default_rng(1)
+    truth, guess, control = rng.random((2, 6)), rng.random((2, 6)), rng.random(6)
+    usual, other = [[0, 1, 2], [3, 4, 5]], [[1, 2, 3], [0, 4, 5]]
+    both = perturbation_scores(truth, guess, control, de_genes=usual, non_dropout_de_genes=other)
+    alone = perturbation_scores(truth, guess, control, de_genes=other).filter(like="DE ")
+    assert set(both.columns) >= {f"non-dropout {name}" for name in alone}
+    np.testing.assert_allclose(both[[f"non-dropout {name}" for name in alone]], alone)
+    with pytest.raises(ValueError, match="no non_dropout_de_genes"):
+        perturbation_scores(truth, guess, control, non_dropout_de_genes=[[0], []])
 
 
 def test_means_bad_input():

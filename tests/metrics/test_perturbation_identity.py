@@ -61,6 +61,7 @@ def test_overlap_of_changed_genes():
     scores = de_overlap(truth, guess, control, [[0, 1, 2]] * 3)
     assert scores["DE overlap"].tolist() == pytest.approx([2 / 3, 0.5, 1])  # of equal changes, three of six by chance
     assert scores["DE direction"].tolist() == pytest.approx([1, 0, 1 / 3])
+    assert scores["DE opposite direction"].tolist() == pytest.approx([0, 0, 2 / 3])
     with pytest.raises(ValueError, match="genes for 1 conditions"):
         de_overlap(truth, guess, control, [[0]])
 

@@ -116,7 +116,7 @@ def test_table_of_scores(adata, trained):
 
 
 @pytest.mark.parametrize("space", ["pca", "autoencoder", "obsm", "model", "fine-tuned"])
-def test_save_and_load(space, tmp_path):
+def test_save_and_load(space, tmp_path, capsys):
     backbone = scfm.load("cellfm-mini", device="cpu") if space in ("model", "fine-tuned") else None
     genes = None
     if backbone is not None:
@@ -131,7 +131,10 @@ def test_save_and_load(space, tmp_path):
     model = ChemicalTransport(adata, **kind, **TINY)
     with pytest.raises(RuntimeError, match="not trained"):
         model.predict("up")
+    capsys.readouterr()
     model.train(**SHORT | {"codec_epochs": 1}, test_size=0.2)
+    # once, not for each batch
+    assert capsys.readouterr().err.count("1 unknown genes of the panel") == (backbone is not None)
     assert len(model.test_indices) == 6
     values = model.predict("up")
     assert np.isfinite(values).all()
@@ -151,6 +154,12 @@ def test_save_and_load(space, tmp_path):
     assert np.abs(moved - codes).max() > 0
     with pytest.raises(ValueError, match="loaded without data"):
         without.predict("up")
+
+
+def test_tools_for_genes_refuse_treatments(adata, trained):
+    controls = adata[adata.obs["condition"] == "control"].copy()
+    with pytest.raises(TypeError, match=r"ChemicalTransport is no model for perturbed genes.*predict"):
+        scfm.tl.perturb(controls, ["up"], trained)
 
 
 def test_the_same_seed_gives_the_same_model(adata, trained):

@@ -217,3 +217,85 @@ def test_classes_are_learned_along_with_hidden_genes(kind, tiny, adata, tmp_path
 def test_hidden_genes_need_a_head_for_it(kind, head, tiny, adata):
     with pytest.raises(ValueError, match="hide= needs a head"):
         fresh(kind, tiny, adata, head=head, hide=True)
+
+
+@pytest.mark.parametrize("kind", ["scfoundation", "scgpt"])
+def test_the_epoch_with_the_best_f1_counts_where_the_paper_says_so(kind, tiny, make_data, monkeypatch):
+    from scfm.metrics import annotation_scores
+
+    adata = make_data(60)
+    model = fresh(kind, tiny, adata)
+    model.train(max_epochs=8, batch_size=12, min_cells=1, lr=3e-3, seed=0, **RUN)
+    history = model.history["macro F1_validation"].iloc[:, 0]
+    held_out = model.validation_indices
+    held_out = held_out[held_out != 3]
+    scores = annotation_scores(adata.obs["label"].to_numpy()[held_out], model.predict()[held_out])
+    if kind == "scfoundation":
+        assert model.recipe.monitor == "macro F1"
+        assert scores["macro F1"] == pytest.approx(history.max())
+    else:
+        assert model.recipe.monitor == "loss"
+        best = model.history["validation_loss"].iloc[:, 0].to_numpy().argmin()
+        assert scores["macro F1"] == pytest.approx(history.iloc[best])
+        with pytest.raises(ValueError, match="monitor"):
+            model.train(max_epochs=1, monitor="AUROC", **RUN)
+
+
+def test_the_first_of_the_best_is_put_back():
+    from types import SimpleNamespace
+
+    import torch
+
+    from scfm.models._training import KeepBest
+
+    for mode, epochs, best in (("max", [0.2, 0.7, 0.7, 0.5], 1), ("min", [0.6, 0.3, 0.4], 1)):
+        keep, plan = KeepBest("score", mode), SimpleNamespace(module=torch.nn.Linear(1, 1))
+        for epoch, score in enumerate(epochs):
+            torch.nn.init.constant_(plan.module.weight, epoch)
+            trainer = SimpleNamespace(callback_metrics={"score": score}, sanity_checking=False, current_epoch=epoch)
+            keep.on_validation_end(trainer, plan)
+        keep.on_train_end(trainer, plan)
+        assert plan.module.weight.item() == keep.epoch == best
+
+
+def test_mixed_precision_has_its_own_epsilon(one, make_data, monkeypatch):
+    used = []
+
+    def fit(model, make_plan, *_, **options):
+        used.append((make_plan.args[1].eps, options["precision"]))
+
+    monkeypatch.setattr("scfm.models._task.fit", fit)
+    model = one(make_data(30))
+    for options in ({}, {"precision": "16-mixed"}, {"precision": "16-mixed", "optimization": "cellfm-tutorials"}):
+        model.train(max_epochs=1, min_cells=1, **options, **RUN)
+    assert used[:2] == [(1e-8, "32-true"), (1e-4, "16-mixed")]
+    assert used[2] == (scfm.train.Optimization.from_dict({"preset": "cellfm-tutorials"}).eps, "16-mixed")
+
+
+def test_annotation_of_scgpt_sees_all_chosen_genes(one, make_data):
+    model = one(make_data(30))
+    assert model.learner.tokenize == {"cls_value": 0.0, "max_length": 3001}
+    assert one(make_data(30), tokenize={"max_length": 7}).learner.tokenize == {"cls_value": 0.0, "max_length": 7}
+    assert one(make_data(30), head="linear").learner.tokenize == {}
+
+
+def test_numbers_are_the_same_classes_with_and_without_missing_ones(one, make_data):
+    adata = make_data(40)
+    adata.obs["label"] = adata.obs["label"].map({"x": 0.0, "y": 1.0, "z": 2.0})
+    adata.obs.iloc[5, 1] = np.nan
+    model = one(adata)
+    assert list(model.classes) == ["0", "1", "2"]
+    model.train(max_epochs=1, min_cells=1, **RUN)
+    assert 5 not in model.train_indices
+    query = make_data(30)
+    query.obs["label"] = query.obs["label"].map({"x": 0, "y": 1, "z": 2})
+    again = CellTypeClassifier.load_query_data(query, model)
+    again.train(max_epochs=1, min_cells=1, **RUN)
+    assert len(again.train_indices) > 0
+
+
+def test_columns_of_other_libraries_are_not_offered(one, make_data):
+    model = one(make_data(30))
+    with pytest.raises(KeyError, match="batch, label") as error:
+        model.train(max_epochs=1, split_by="zzz", **RUN)
+    assert "_scvi" not in str(error.value)

@@ -446,3 +446,43 @@ def test_cells_of_each_batch_are_divided_alike(train_size, validation_size):
         round(40 * train_size),
         round(40 * (1 - train_size if validation_size is None else validation_size)),
     ]
+
+
+def test_the_network_of_scgpt_can_have_another_form(tiny, make_data, tmp_path):
+    adata = make_data(30)
+    default = fresh("scgpt", tiny, adata).backbone.config
+    assert (default.ecs_threshold, default.input_norm, default.explicit_zeros) == (0.8, "dsbn", True)
+    options = {"ecs_threshold": 0.6, "input_norm": "none", "explicit_zeros": False, "mask_ratio": 0.3}
+    model = fresh("scgpt", tiny, adata, options=options)
+    config = model.backbone.config
+    assert (config.ecs_threshold, config.input_norm, config.explicit_zeros) == (0.6, "none", False)
+    model.train(max_epochs=1, seed=0, **RUN)
+    assert (model.history["gep_zero_train"] == 0).all().all()
+    model.save(tmp_path / "model")
+    loaded = BatchIntegrator.load(tmp_path / "model", adata, accelerator="cpu")
+    assert loaded.backbone.config == config
+    close(loaded.get_latent_representation(), model.get_latent_representation())
+    loaded.train(max_epochs=1, **RUN)
+    with pytest.raises(ValueError, match="input_norm"):
+        fresh("scgpt", tiny, adata, options={"input_norm": "layer"})
+    with pytest.raises(ValueError, match="ecs_threshold"):
+        fresh("scgpt", tiny, adata, options={"ecs_threshold": 6})
+
+
+def test_the_reason_why_a_fit_failed_is_text(make_data, monkeypatch, caplog):
+    from scfm.models import _variable_genes
+
+    fit = _variable_genes._table
+
+    def fails(work, flavor, **options):
+        if flavor == "seurat_v3":
+            raise ValueError(b"There are other near singularities as well.")
+        return fit(work, flavor, **options)
+
+    monkeypatch.setattr(_variable_genes, "_table", fails)
+    monkeypatch.setattr(_variable_genes, "find_spec", lambda _: True)
+    adata = make_data(30)
+    vocab = GeneVocab(adata.var_names, specials=[])
+    with scfm.data.open_source(adata) as source:
+        variable_genes(source, vocab.match(adata.var_names), adata.obs["batch"].to_numpy(), 10)
+    assert "(There are other near singularities as well)" in caplog.text

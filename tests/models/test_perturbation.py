@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 
 import anndata
@@ -14,10 +16,12 @@ from tiny import TINY
 
 import scfm
 from scfm.backbones import from_config
+from scfm.benchmark._perturbation import _default_split
 from scfm.genes import GeneVocab
 from scfm.models import GeneticPerturbation
+from scfm.models._perturbation_data import de_positions
 from scfm.tasks.gears_network import GearsConfig
-from scfm.tasks.perturbation_data import PerturbationSplit
+from scfm.tasks.perturbation_data import PerturbationSplit, canonical, simulation_split, split_perturbations
 from scfm.train._adapters import changed
 
 N_GENES, N_KNOWN = 14, 11
@@ -148,7 +152,10 @@ def test_gears_on_states_of_every_model(adata, controls, backbone, tmp_path):
 
 
 def test_states_are_those_of_the_model(adata, backbone):
-    """What the network is given, against one cell at a time; genes without a state have the mean of those that have one."""
+    """What the network is given, against one cell at a time.
+
+    Genes without a state have the mean of those that have one, or the state of their own token of padding.
+    """
     model = build(adata, backbone, route="gears", cache_dtype="float32")
     pairs, totals = model._pairs()
     cells = np.array([0, 8, 16])
@@ -159,11 +166,43 @@ def test_states_are_those_of_the_model(adata, backbone):
     for row, cell in enumerate(cells[[2, 0]]):
         options |= backbone.normalized_input(totals[[cell]])
         tokens = backbone.tokenize(pairs.expression[[cell]], match, **options)
+        if options.get("unknown") == "pad":
+            assert (match.ids < 0).sum() > 1
+            np.testing.assert_allclose(states[row], backbone.gene_states(tokens)[0], atol=1e-4)
+            continue
         parts = list(backbone.iter_gene_states(tokens))
         genes, values = torch.cat([p.genes for p in parts]).numpy(), torch.cat([p.values for p in parts]).numpy()
         by_gene = dict(zip(genes.tolist(), values, strict=True))
         for column, gene in enumerate(match.ids.tolist()):
             np.testing.assert_allclose(states[row, column], by_gene.get(gene, values.mean(0)), atol=1e-4)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_projection_of_states_can_stay_as_it_is(adata, frozen):
+    cls = scfm.backbones.backbone_class("sclong")
+    vocab = GeneVocab([*cls.specials, *(f"G{i}" for i in range(N_KNOWN)), "X1"], specials=cls.specials)
+    backbone = from_config("sclong", cls.config_for(dict(TINY["sclong"]), vocab), vocab, device="cpu")
+    model = build(adata, backbone, route="gears", network={"hidden": 6, "frozen_projection": frozen})
+    before = model.module.network.project.weight.clone(), model.module.network.gene_weight.clone()
+    model.train(1, **FIT)
+    assert torch.equal(model.module.network.project.weight, before[0]) == frozen
+    assert not torch.equal(model.module.network.gene_weight, before[1])
+
+
+def test_layers_on_each_graph_and_models_saved_before(adata, controls, tmp_path):
+    model = build(adata, network={"hidden": 6, "n_go_layers": 2, "n_coexpression_layers": 3})
+    assert (len(model.module.network.go.layers), len(model.module.network.coexpression.layers)) == (2, 3)
+    model = build(adata, network={"hidden": 6, "n_graph_layers": 2})
+    assert (len(model.module.network.go.layers), len(model.module.network.coexpression.layers)) == (2, 2)
+    model.train(1, **FIT)
+    model.save(tmp_path / "model")
+    record = json.loads((tmp_path / "model" / "model.json").read_text())
+    text = json.dumps(record)
+    assert '"n_go_layers": 2, "n_coexpression_layers": 2' in text
+    text = text.replace('"n_go_layers": 2, "n_coexpression_layers": 2', '"n_graph_layers": 2')
+    (tmp_path / "model" / "model.json").write_text(text)
+    loaded = GeneticPerturbation.load(tmp_path / "model", adata=False, accelerator="cpu")
+    np.testing.assert_array_equal(loaded.predict(["G0"], controls)["G0"], model.predict(["G0"], controls)["G0"])
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -274,6 +313,90 @@ def test_default_split_and_split_objects(adata):
     assert build(adata, split=given).split is given
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+def test_default_split_is_that_of_gears_for_the_labels_of_the_file(seed):
+    """The order of genes inside a label decides what is drawn."""
+    rng = np.random.default_rng(seed)
+    genes = [f"G{i}" for i in range(8)]
+    pairs = ["+".join(rng.permutation(pair)) for pair in itertools.combinations(genes, 2)]
+    labels = ["ctrl", *(f"{gene}+ctrl" for gene in genes), *pairs]
+    data = make(3 * len(labels))
+    data.obs["perturbation"] = np.repeat(labels, 3)
+    prepared(data)
+    model = build(data, split=None, seed=seed)
+    expected = split_perturbations(labels, seed=seed)
+    assert model.split == expected
+    train, test, _ = simulation_split(labels, seed=seed)
+    train, validation, _ = simulation_split(train, seed=seed, train_gene_share=0.9, combo_seen2_share=0.9)
+    assert set(model.split.test) == set(map(canonical, test))
+    assert set(model.split.validation) == set(map(canonical, validation))
+    assert model.split != split_perturbations(map(canonical, labels), seed=seed)
+    if seed == 1:
+        assert _default_split(data, {}) == model.split
+        data.obs["perturbation"] = [label.replace("+", "|") for label in data.obs["perturbation"]]
+        prepared(data, separators=("|",))
+        assert build(data, split=None, seed=seed).split == model.split
+
+
+def test_default_split_of_too_few():
+    few = make()
+    few = prepared(few[few.obs["perturbation"].isin(["control", "G0"])].copy())
+    with pytest.raises(ValueError, match=r"default split left nothing to train on.*split="):
+        build(few, split=None)
+
+
+def test_a_split_in_other_spellings(adata):
+    split = {"train": ["G0+ctrl", "X1_G1", "X1", "G2"], "validation": ["G0_X1"], "test": ["G1", "X2"]}
+    assert vars(build(adata, split=split).split) == vars(build(adata).split)
+
+
+def test_validation_perturbations_without_changed_genes(adata, capsys):
+    """One cell has no test of its genes; the scores are those of the others."""
+    few = make()
+    few = few[(few.obs["perturbation"] != "G1") | (np.arange(60) == 6)].copy()
+    prepared(few)
+    scores = {}
+    for name, held_out in {"both": ["G0+X1", "G1"], "one": ["G0+X1"], "none": ["G1"]}.items():
+        model = build(few, split={"train": ["G0", "G2", "X1"], "validation": held_out})
+        capsys.readouterr()
+        model.train(1, **FIT)
+        scores[name] = model.history["DE MSE_validation"].iloc[0, 0] if name != "none" else None
+        warned = "'DE MSE'" in capsys.readouterr().err
+        assert warned == (name == "none")
+    assert "DE MSE_validation" not in model.history
+    assert scores["both"] == pytest.approx(scores["one"], rel=1e-5)
+
+
+def test_symbols_beside_ensembl_ids(adata, controls, trained):
+    """Changed genes choose the epoch also where the index of the data, as in files of GEARS, holds ids."""
+    other = make()
+    other.var["gene_name"] = other.var_names.to_numpy()
+    other.var_names = [f"ENSG{i:011d}" for i in range(N_GENES)]
+    prepared(other)
+    model = build(other)
+    assert list(model.genes) == list(trained.genes)
+    positions = de_positions(other, model.genes)
+    for name, expected in de_positions(adata, trained.genes).items():
+        np.testing.assert_array_equal(positions[name], expected)
+    model.train(3, **FIT)
+    assert "DE MSE_validation" in model.history
+    out = model.predict("G0", other[other.obs["scfm_perturbation"] == "ctrl"])["G0"]
+    np.testing.assert_array_equal(out, trained.predict("G0", controls)["G0"])
+    np.testing.assert_array_equal(out, model.predict("G0", controls)["G0"])
+
+
+def test_cells_that_were_reordered():
+    """Control cells swap their places, so that numbers of control cells still name control cells."""
+    adata = prepared(make())
+    places = np.arange(adata.n_obs)
+    own = np.flatnonzero(adata.obs["scfm_perturbation"] == "ctrl")
+    places[own] = own[::-1]
+    moved = adata[places].copy()
+    GeneticPerturbation.setup_anndata(moved)
+    with pytest.raises(ValueError, match=r"another order.*scfm.pp.perturbation_setup again"):
+        build(moved).train(1, **FIT)
+
+
 def test_cell_types_that_are_held_out(adata):
     other = make()
     other.obs["type"] = np.where(np.arange(60) < 30, "p", "q")
@@ -319,6 +442,15 @@ def test_genes_in_another_order(any_model, controls):
 
 def test_control_cells_of_the_data_are_the_default(any_model, controls):
     np.testing.assert_array_equal(any_model.predict("G0")["G0"], any_model.predict("G0", controls)["G0"])
+
+
+def test_usual_spellings_and_repeats(any_model, controls):
+    expected = any_model.predict(["G1+X1", "G0"], controls)
+    out = any_model.predict(["X1_G1", "G0", "G0", "G0+ctrl", "X1_G1"], controls)
+    assert list(out) == ["X1_G1", "G0", "G0+ctrl"]
+    np.testing.assert_array_equal(out["X1_G1"], expected["G1+X1"])
+    for name in ("G0", "G0+ctrl"):
+        np.testing.assert_array_equal(out[name], expected["G0"])
 
 
 def test_counts_and_their_logarithms_are_the_same(trained, controls):
@@ -385,6 +517,25 @@ def test_save_and_load(any_model, adata, controls, tmp_path):
         without.predict("G0")
 
 
+def test_another_foundation_model_is_noticed(adata, generator_model, tmp_path):
+    model = build(adata, "cellfm-mini", route="gears", network={})
+    model.save(tmp_path / "light", save_backbone=False)
+    with pytest.raises(ValueError, match="trained on the foundation model cellfm-mini, not on scgpt-mini"):
+        GeneticPerturbation.load(tmp_path / "light", adata=False, model="scgpt-mini")
+    other = scfm.load("cellfm-mini", device="cpu")
+    loaded = GeneticPerturbation.load(tmp_path / "light", adata=False, model=other)
+    # a copy in another folder is the same model, other weights by the same name are not
+    copy = other.save(tmp_path / "copy")
+    again = GeneticPerturbation.load(tmp_path / "light", adata=False, model=copy)
+    assert again.backbone.provenance.path != loaded.backbone.provenance.path
+    other.provenance = dataclasses.replace(other.provenance, sha256="0" * 64, extra={})
+    with pytest.raises(ValueError, match="not on another file of it"):
+        GeneticPerturbation.load(tmp_path / "light", adata=False, model=other)
+    generator_model.save(tmp_path / "generator")
+    with pytest.raises(ValueError, match="leave model= out"):
+        GeneticPerturbation.load(tmp_path / "generator", adata=False, model="scgpt-mini")
+
+
 def test_damage_and_other_data_are_noticed(trained, adata, tmp_path):
     trained.save(tmp_path / "model")
     other = prepared(make()[:, ::-1].copy())
@@ -430,6 +581,8 @@ def test_data_that_are_not_prepared():
         ({"go": pd.DataFrame({"a": [1]})}, ValueError, "columns 'gene' and 'term'"),
         ({"network": {"states": 4}}, ValueError, "no model to give them"),
         ({"network": {"entry": "x"}}, ValueError, "entry must be"),
+        ({"network": {"nope": 1}}, TypeError, r"network= has no option 'nope'; there are hidden"),
+        ({"network": {"n_genes": 1}}, TypeError, "network= has no option 'n_genes'"),
     ],
 )
 def test_wrong_options(adata, options, error, message):
@@ -449,6 +602,16 @@ def test_wrong_options(adata, options, error, message):
 def test_wrong_training(adata, options, message):
     with pytest.raises(ValueError, match=message):
         build(adata).train(**({"max_epochs": 3} | FIT | options))
+
+
+def test_wrong_options_of_loss_and_generator(adata, generator_model, capsys):
+    model = build(adata)
+    capsys.readouterr()
+    with pytest.raises(TypeError, match="loss= has no option 'nope'; there are gamma, direction"):
+        model.train(3, loss={"nope": 1}, **FIT)
+    assert "training on" not in capsys.readouterr().err
+    with pytest.raises(TypeError, match="network= has no option 'nope'; there are decoder"):
+        build_generator(adata, _untrained(generator_model), network={"nope": 1})
 
 
 def test_wrong_control_cells(trained, adata, controls):

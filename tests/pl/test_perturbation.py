@@ -63,6 +63,13 @@ def test_measured_and_predicted_changes(controls):
     assert ax.get_legend().get_window_extent().x1 <= ax.figure.bbox.width
 
 
+def test_usual_spellings(controls):
+    for text in ("A_B", "B+A", "A+ctrl"):
+        assert pl.perturbation(controls, text, show=False).get_title() in ("A+B", "A")
+    with pytest.raises(KeyError, match="no perturbation 'A_NONE'"):
+        pl.perturbation(controls, "A_NONE", show=False)
+
+
 def test_a_perturbation_that_was_not_measured(controls, tmp_path):
     ax = pl.perturbation(controls, "A+D", n_genes=5, show=False)
     assert not [item for item in ax.containers if isinstance(item, BarContainer)]

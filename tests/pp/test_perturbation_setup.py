@@ -107,6 +107,61 @@ def test_names_of_genes_with_separators_are_kept_if_the_data_know_them():
     assert adata.obs["scfm_perturbation"].cat.categories.tolist() == ["ctrl", "B+g_1", "g_1"]
 
 
+def test_genes_are_perturbed_by_symbols(tmp_path):
+    """Files of GEARS have Ensembl ids as the index of var, and symbols in a column."""
+    symbols = ["A", "B", "Y_RNA", *(f"g{i}" for i in range(27))]
+    adata = make([*LABELS, *["Y_RNA+ctrl"] * 3, *["A_Y_RNA"] * 3])
+    adata.var["gene_name"], adata.var_names = symbols, [f"ENSG{i:011d}" for i in range(30)]
+    for options in ({}, {"gene_symbols": "gene_name"}):
+        done = pp.perturbation_setup(adata, "condition", copy=True, **options)
+        names = ["ctrl", "A", "A+B", "A+Y_RNA", "B", "Y_RNA"]
+        assert done.obs["scfm_perturbation"].cat.categories.tolist() == names
+        record = done.uns["perturbation"]
+        assert record["params"]["gene_symbols"] == "gene_name"
+        assert record["genes"].tolist() == adata.var_names.tolist()
+        assert record["de_genes"]["gene"].isin(adata.var_names).all()
+        done.write_h5ad(tmp_path / "x.h5ad")
+        assert ad.read_h5ad(tmp_path / "x.h5ad").uns["perturbation"]["params"]["gene_symbols"] == "gene_name"
+    with pytest.raises(KeyError, match="gene_symbols='none'"):
+        pp.perturbation_setup(adata, "condition", gene_symbols="none")
+
+
+def test_genes_are_compared_within_cell_types():
+    """A difference between types is no effect of a perturbation that mostly one of them has."""
+    labels = ["ctrl"] * 40 + ["A"] * 18 + ["B"] * 6 + ["ctrl"] * 10 + ["A"] * 2 + ["B"] * 30 + ["C"] * 8
+    adata = make(labels)
+    adata.obs["type"] = types = np.repeat(["x", "y"], [64, 50])
+    counts = adata.X.toarray()
+    counts[types == "y", 5] *= 30
+    adata.X = sparse.csr_matrix(counts)
+    pooled = pp.perturbation_setup(adata, "condition", copy=True).uns["perturbation"]["de_genes"]
+    assert pooled.query("perturbation == 'B'")["gene"].iloc[0] == "g5"
+    done = pp.perturbation_setup(adata, "condition", cell_type_key="type", n_de_genes=30, copy=True)
+    de = done.uns["perturbation"]["de_genes"]
+    assert set(de.query("perturbation == 'A' and rank <= 2")["gene"]) == {"g0", "g1"}
+    of_b = de.query("perturbation == 'B'").set_index("gene")
+    assert abs(of_b.loc["g5", "score"]) < 3
+    parts = [
+        pp.perturbation_setup(adata[types == kind].copy(), "condition", n_de_genes=30, copy=True) for kind in ("x", "y")
+    ]
+    tables = [part.uns["perturbation"]["de_genes"].query("perturbation == 'B'").set_index("gene") for part in parts]
+    for column in ("score", "change", "std"):
+        expected = (6 * tables[0][column] + 30 * tables[1][column]) / 36
+        pd.testing.assert_series_equal(of_b[column], expected.reindex(of_b.index), rtol=1e-5)
+    assert (np.diff(of_b["score"].abs()) <= 0).all()
+    # a perturbation of one type has the test in that type
+    of_c = de.query("perturbation == 'C'").reset_index(drop=True)
+    alone = parts[1].uns["perturbation"]["de_genes"].query("perturbation == 'C'").reset_index(drop=True)
+    pd.testing.assert_frame_equal(of_c, alone)
+
+
+def test_a_name_of_control_that_does_not_occur_is_said(capsys):
+    pp.perturbation_setup(make([*LABELS, "A_NTC", "B+ntc"]), "condition", control=["ctrl", "NTC", "none"])
+    assert "has no label 'none', which control= names" in capsys.readouterr().err
+    pp.perturbation_setup(make(LABELS), "condition", control="ctrl")
+    assert "has no label" not in capsys.readouterr().err
+
+
 def test_one_cell_has_no_test(caplog):
     adata = make([*LABELS, "C"])
     pp.perturbation_setup(adata, "condition")

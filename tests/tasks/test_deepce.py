@@ -202,6 +202,10 @@ def test_doses_by_size_and_in_between():
     for wrong in ("100 um", "0.01 um", "1 mm", "high"):
         with pytest.raises(ValueError, match=f"no dose {wrong}"):
             doses.indicators([wrong])
+    for spelling in ("10 \N{MICRO SIGN}M", "10 \N{GREEK SMALL LETTER MU}M", "10 uM", "10um"):
+        np.testing.assert_array_equal(doses.indicators([spelling]), doses.indicators(["10.0 um"]))
+    marked = Categories.of(["1 \N{MICRO SIGN}M", "10 \N{GREEK SMALL LETTER MU}m"], "dose", amounts=True)
+    np.testing.assert_allclose(marked.indicators(["10 um", "1 uM"]), [[0, 1], [1, 0]])
     assert Categories.of([10, 0.5, 10.0], "dose", amounts=True).names == ("0.5", "10")
     with pytest.raises(ValueError, match="1 samples have no dose"):
         Categories.of([1.0, np.nan], "dose", amounts=True)

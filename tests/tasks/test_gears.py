@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,7 +15,7 @@ from scipy import sparse
 
 import scfm
 from scfm.tasks.gears import annotated_genes, annotation_table, coexpression_graph, gears_loss, go_graph, read_gears
-from scfm.tasks.gears_network import GearsConfig, Graph, fresh_network
+from scfm.tasks.gears_network import GearsConfig, GearsNetwork, Graph, fresh_network
 
 
 def close(actual, expected, **tolerance):
@@ -130,6 +133,20 @@ def test_sclong_predictions_loss_and_gradients(sclong):
     close(network.norm.running_var, data.expected["train/after/bn_pert_base.running_var"], **tolerance)
 
 
+def test_sclong_projection_can_stay_as_it_is(sclong):
+    data, network, _, inputs = sclong
+    frozen = json.loads((data.path / "grads_metrics.json").read_text())["frozen"]
+    assert sorted(frozen) == ["singlecell_model.feedforward.bias", "singlecell_model.feedforward.weight"]
+    fixed = GearsNetwork(replace(network.config, frozen_projection=True), Graph.empty(), None, network.places)
+    fixed.go = network.go
+    fixed.load_state_dict(network.state_dict())
+    for one in (network, fixed):
+        one.train()(*inputs).sum().backward()
+    assert network.project.weight.grad is not None
+    assert [name for name, part in fixed.named_parameters() if part.grad is None] == ["project.weight", "project.bias"]
+    close(fixed.gene_weight.grad, network.gene_weight.grad)
+
+
 @pytest.fixture
 def scfoundation(golden):
     data = golden("scfoundation", "gears_perturbation")
@@ -182,6 +199,32 @@ def test_scfoundation_modes_graphs_loss_and_gradients(scfoundation):
         other, _ = read_gears(file, *graphs, states=16, positions="states")
         other.load_state_dict({key: value for key, value in network.state_dict().items() if key in other.state_dict()})
         close(other(*inputs, first_cell_only=True), data.expected["pred_eval_v2"], **tolerance)
+
+
+@pytest.mark.parametrize("layers", [(1, 2), (3, 1)])
+def test_files_with_other_numbers_of_layers_on_each_graph(scfoundation, layers):
+    _, file, graphs, inputs = scfoundation
+    official = torch.load(file, weights_only=True)
+    for prefix, number in zip(("sim_layers", "layers_emb_pos"), layers, strict=True):
+        for layer in range(1, number):
+            for part in ("weight", "bias"):
+                official[f"{prefix}.{layer}.lin.{part}"] = official[f"{prefix}.0.lin.{part}"] * (layer + 1)
+    network, report = read_gears(official, *graphs, states=16)
+    assert report.ok
+    assert (network.config.n_go_layers, network.config.n_coexpression_layers) == layers
+    with torch.no_grad():
+        assert torch.isfinite(network(*inputs)).all()
+        close(network.go.layers[-1].weight, network.go.layers[0].weight * layers[0])
+        close(network.coexpression.layers[-1].weight, network.coexpression.layers[0].weight * layers[1])
+
+
+def test_one_number_of_layers_for_both_graphs():
+    config = GearsConfig(n_genes=7, n_perturbations=5, n_graph_layers=2)
+    assert (config.n_go_layers, config.n_coexpression_layers) == (2, 2)
+    assert "n_graph_layers" not in vars(config)
+    assert GearsConfig(**vars(config)) == config
+    with pytest.raises(ValueError, match="at least one"):
+        GearsConfig(n_genes=7, n_perturbations=5, n_coexpression_layers=0)
 
 
 def test_coexpression_is_that_of_the_authors(golden):
@@ -276,6 +319,7 @@ FORMS = {
     "mlp": {"positions": "none", "states": 5, "entry": "mlp", "entry_hidden": 6},
     "indicator": {"positions": "none", "states": 5, "indicator": True},
     "two layers": {"positions": "table", "n_graph_layers": 2},
+    "one and two layers": {"positions": "table", "n_go_layers": 1, "n_coexpression_layers": 2},
 }
 
 

@@ -226,7 +226,12 @@ def test_the_step_of_cellfm(golden, case):
             got = 0.0 if gradient is None else float(gradient.norm())
             bound = tolerance["grad_rtol"] * max(norms.values()) * 1e-2
             assert got == pytest.approx(expected, rel=tolerance["grad_rtol"], abs=bound), key
-    close(learner.backbone.embed(tokens), data.expected["backbone_cell_emb"], rtol=tolerance["rtol"], atol=tolerance["atol"])
+    close(
+        learner.backbone.embed(tokens),
+        data.expected["backbone_cell_emb"],
+        rtol=tolerance["rtol"],
+        atol=tolerance["atol"],
+    )
 
 
 # -- what a learner makes of a model -------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scfm.tasks.perturbation_data import (
     PerturbationSplit,
     canonical,
+    canonical_of,
     genes_of,
     parse_perturbation,
     simulation_split,
@@ -38,7 +39,15 @@ from scfm.tasks.perturbation_data import (
         ("Non_Targeting", ()),
         ("NegCtrl0_NegCtrl0", ()),
         ("KLF1_NegCtrl0", ("KLF1",)),
+        ("control_1", ()),
+        ("Control 12", ()),
+        ("non-targeting_0001", ()),
+        ("NT_0123", ()),
+        ("KLF1_NT_0123", ("KLF1",)),
+        ("NT-7+KLF1", ("KLF1",)),
+        ("scramble-2", ()),
         ("NT5E", ("NT5E",)),
+        ("KLF1_1", ("KLF1", "1")),
         ("CTRL1A", ("CTRL1A",)),
     ],
 )
@@ -54,6 +63,17 @@ def test_known_names_decide_where_a_separator_may_belong_to_a_name():
     assert parse_perturbation("A_B", separators=("+",)) == ("A_B",)
     assert parse_perturbation("drug", control=["drug"]) == ()
     assert parse_perturbation("control", control=["drug"]) == ("control",)
+
+
+def test_parts_that_are_known_are_taken_apart():
+    known = {"KLF1", "CEBPE", "Y_RNA"}
+    assert canonical_of("KLF1_CEBPE", known) == canonical_of("CEBPE+KLF1", known) == "CEBPE+KLF1"
+    assert canonical_of("KLF1_ctrl", known) == canonical_of("NT_01_KLF1", known) == "KLF1"
+    assert canonical_of("Y_RNA_KLF1", known) == "KLF1+Y_RNA"
+    assert canonical_of("KLF1_OTHER", known) == "KLF1_OTHER"
+    assert canonical_of("B+OTHER_ONE", known) == "B+OTHER_ONE"
+    split = PerturbationSplit.from_lists(["KLF1_CEBPE", "A_B"], known=known)
+    assert split.train == ["A_B", "CEBPE+KLF1"]
 
 
 @pytest.mark.parametrize("text", ["", "+", "A++B", " _ "])
@@ -129,7 +149,9 @@ def test_parts_are_disjoint_and_subgroups_say_what_training_has_seen(names, how,
     if how == "single":
         assert all(len(genes_of(name)) == 1 for name in parts)
     if how == "double":
-        assert all(len(set(genes_of(name)) & trained) == seen for name in split.test)
+        # what only validation has seen is neither seen nor left out
+        for part in (trained, {gene for name in split.train for gene in genes_of(name)}):
+            assert all(len(set(genes_of(name)) & part) == seen for name in split.test)
 
 
 def test_manifest(tmp_path):

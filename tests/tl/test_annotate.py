@@ -35,9 +35,15 @@ def model(reference):
     return from_config("scgpt", dict(TINY["scgpt"]), vocab, device="cpu")
 
 
+def trained_with(method):
+    return {"train": TRAIN} if method == "finetune" else {}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_labels_confidence_probabilities_and_record(method, reference, query, model):
-    scfm.tl.annotate(query, reference, labels_key="label", model=model, method=method, train=TRAIN, key_added="type")
+    scfm.tl.annotate(
+        query, reference, labels_key="label", model=model, method=method, key_added="type", **trained_with(method)
+    )
     labels, confidence = query.obs["type"], query.obs["type_confidence"]
     assert list(labels.cat.categories) == ["x", "y", "z"]
     assert pd.isna(labels.iloc[3]), "a cell without counts has no label"
@@ -59,7 +65,14 @@ def test_labels_confidence_probabilities_and_record(method, reference, query, mo
 def test_neither_object_is_changed_beyond_that(method, reference, query, model):
     before = reference.copy(), query.copy()
     out = scfm.tl.annotate(
-        query, reference, labels_key="label", model=model, method=method, train=TRAIN, min_confidence=0.9, copy=True
+        query,
+        reference,
+        labels_key="label",
+        model=model,
+        method=method,
+        min_confidence=0.9,
+        copy=True,
+        **trained_with(method),
     )
     pd.testing.assert_frame_equal(query.obs, before[1].obs)
     pd.testing.assert_frame_equal(reference.obs, before[0].obs)
@@ -122,7 +135,7 @@ def test_wrong_arguments(options, error, match, reference, query, model):
 def test_wrong_references_and_taken_names(reference, query, model):
     with pytest.raises(TypeError, match="CellTypeClassifier"):
         scfm.tl.annotate(query, 3, labels_key="label", model=model)
-    reference.obs["n"] = np.arange(60.0)
+    reference.obs["n"] = np.arange(60) / 7
     with pytest.raises(TypeError, match="numbers"):
         scfm.tl.annotate(query, reference, labels_key="n", model=model)
     query.obs["label_predicted"] = "mine"
@@ -159,3 +172,181 @@ def test_real_cells_across_chemistries(shared):
         share[method] = (query.obs[method].astype(str) == query.obs["cell_type"].astype(str)).mean()
     majority = reference.obs["cell_type"].value_counts(normalize=True).iloc[0]
     assert min(share.values()) > 1.5 * majority
+
+
+@pytest.fixture(scope="module")
+def classifier(make_data):
+    data = make_data(60)
+    vocab = GeneVocab(["<pad>", "<cls>", "<eoc>", *data.var_names], specials=["<pad>", "<cls>", "<eoc>"])
+    backbone = from_config("scgpt", dict(TINY["scgpt"]), vocab, device="cpu")
+    scfm.models.CellTypeClassifier.setup_anndata(data, labels_key="label")
+    model = scfm.models.CellTypeClassifier(data, checkpoint=backbone, device="cpu")
+    model.train(train_size=1.0, **TRAIN)
+    return model
+
+
+def test_a_classifier_looks_where_it_is_told(classifier, query):
+    scfm.tl.annotate(query, classifier, key_added="plain")
+    query.layers["other"] = query.X[::-1].copy()
+    query.var["symbol"] = query.var_names[::-1]
+    scfm.tl.annotate(query, classifier, key_added="layer", layer="other")
+    scfm.tl.annotate(query, classifier, key_added="genes", gene_symbols="symbol")
+    scfm.tl.annotate(query, classifier, key_added="short", max_length=5)
+    expected = query.obsm["plain_proba"].to_numpy()
+    np.testing.assert_allclose(query.obsm["layer_proba"].to_numpy()[::-1], expected, rtol=1e-4)
+    assert not np.allclose(query.obsm["genes_proba"].iloc[:3], expected[:3], atol=1e-6)
+    assert not np.allclose(query.obsm["short_proba"].iloc[:3], expected[:3], atol=1e-6)
+    assert query.uns["layer"]["params"]["layer"] == "other"
+    assert query.uns["short"]["params"]["tokenize_options"] == {"cls_value": 0.0, "max_length": 5}
+    np.testing.assert_array_equal(
+        classifier.predict(query, layer="other", soft=True), query.obsm["layer_proba"].to_numpy()
+    )
+    with pytest.raises(KeyError, match="nowhere"):
+        scfm.tl.annotate(query, classifier, layer="nowhere")
+    with pytest.raises(TypeError, match="nonsense"):
+        scfm.tl.annotate(query, classifier, nonsense=3)
+
+
+def test_a_classifier_that_was_set_up_with_a_layer_can_be_shown_another(classifier, query, make_data):
+    data = make_data(30)
+    data.layers["counts"] = data.X.copy()
+    scfm.models.CellTypeClassifier.setup_anndata(data, labels_key="label", layer="counts")
+    model = scfm.models.CellTypeClassifier(data, checkpoint=classifier.backbone, device="cpu")
+    with pytest.raises(KeyError, match="'X' for adata.X"):
+        model.predict(query)
+    query.layers["counts"] = query.X[::-1].copy()
+    np.testing.assert_allclose(
+        model.predict(query, soft=True, layer="X"), model.predict(query, soft=True)[::-1], rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"method": "knn"},
+        {"model": "scgpt-mini"},
+        {"pooling": "mean"},
+        {"head": "linear"},
+        {"train": {}},
+        {"split_by": "batch"},
+        {"k": 5},
+        {"class_weight": "balanced"},
+        {"precision": "bfloat16"},
+        {"weights": "gene"},
+    ],
+)
+def test_what_a_trained_classifier_cannot_be_told(given, classifier, query):
+    with pytest.raises(ValueError, match=next(iter(given))):
+        scfm.tl.annotate(query, classifier, **given)
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        *(("knn", {name: value}) for name, value in (("class_weight", "balanced"), ("save_model", "x"), ("train", {}))),
+        *(("linear", {name: value}) for name, value in (("k", 3), ("head", "linear"), ("split_by", "batch"))),
+        *(("finetune", {name: value}) for name, value in (("k", 3), ("class_weight", "x"), ("precision", "bfloat16"))),
+        ("finetune", {"pooling": "mean"}),
+    ],
+)
+def test_arguments_of_another_method_are_refused(method, given, reference, query, model):
+    with pytest.raises(ValueError, match=f"{next(iter(given))}="):
+        scfm.tl.annotate(query, reference, labels_key="label", model=model, method=method, **given)
+    assert "label_predicted" not in query.obs
+
+
+def test_options_of_the_tokenizer_stand_beside_those_of_the_paper(reference, query, model):
+    options = {"labels_key": "label", "model": model, "method": "finetune", "train": TRAIN | {"max_epochs": 1}}
+    scfm.tl.annotate(query, reference, max_length=20, duplicates="sum", split_by="batch", **options)
+    params = query.uns["label_predicted"]["params"]
+    assert params["tokenize_options"] == {"cls_value": 0.0, "max_length": 20, "duplicates": "sum"}
+    assert params["split_by"] == "batch"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_record_says_what_was_done(method, reference, query):
+    reference.layers["counts"], query.layers["counts"] = reference.X.copy(), query.X.copy()
+    for data in (reference, query):
+        data.var_names = ["CD3D", "CD3E", "MS4A1", "NKG7", "GNLY", "LYZ", "CD14", "PPBP", *data.var_names[8:]]
+    options = {"pooling": "avg-pool"} if method != "finetune" else {"head": "linear", "pooling": "avg-pool"}
+    scfm.tl.annotate(
+        query,
+        reference,
+        labels_key="label",
+        model="scgpt-mini",
+        method=method,
+        layer="counts",
+        max_length=50,
+        **options,
+        **trained_with(method),
+    )
+    record = query.uns["label_predicted"]
+    params = record["params"]
+    assert (params["layer"], params["model"], params["pooling"]) == ("counts", "scgpt-mini", "avg-pool")
+    assert params["tokenize_options"]["max_length"] == 50
+    assert record["genes"]["matched"] >= 5
+    assert record["checkpoint"]["sha256"] == scfm.load("scgpt-mini").provenance.sha256 != ""
+
+
+def test_the_starting_checkpoint_is_known_after_training_with_the_head_of_the_paper(reference, query, tmp_path):
+    for data in (reference, query):
+        data.var_names = ["CD3D", "CD3E", "MS4A1", "NKG7", "GNLY", "LYZ", "CD14", "PPBP", *data.var_names[8:]]
+    options = {"labels_key": "label", "model": "scgpt-mini", "method": "finetune"}
+    scfm.tl.annotate(query, reference, train=TRAIN, save_model=tmp_path / "model", **options)
+    scfm.tl.annotate(query, tmp_path / "model", key_added="again")
+    start = scfm.load("scgpt-mini").provenance.sha256
+    assert query.uns["label_predicted"]["checkpoint"]["sha256"] == start
+    assert query.uns["again"]["checkpoint"]["sha256"] == start
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_whole_numbers_are_labels(method, reference, query, model, tmp_path):
+    numbers = reference.obs["label"].map({"x": 0.0, "y": 1.0, "z": 2.0}).astype(float)
+    numbers.iloc[:2] = np.nan
+    reference.obs["cluster"] = numbers
+    query.obs["cluster"] = query.obs["label"].map({"x": 0, "y": 1, "z": 2}).astype(int)
+    scfm.tl.annotate(query, reference, labels_key="cluster", model=model, method=method, **trained_with(method))
+    assert query.obs["cluster_predicted"].cat.categories.tolist() == [0, 1, 2]
+    assert list(query.obsm["cluster_predicted_proba"].columns) == ["0", "1", "2"]
+    known = query.obs["cluster_predicted"].notna()
+    np.testing.assert_allclose(query.obsm["cluster_predicted_proba"][known].sum(axis=1), 1, rtol=1e-5)
+    scores = scfm.metrics.annotation_scores(query.obs["cluster"], query.obs["cluster_predicted"])
+    right = (query.obs["cluster"][known] == query.obs["cluster_predicted"][known].astype(int)).sum()
+    assert scores["accuracy"] == pytest.approx(right / query.n_obs)
+    axes = scfm.pl.annotation(query, "cluster", show=False)
+    assert f"accuracy {scores['accuracy']:.2f}" in axes[0].get_title()
+    mpl.pyplot.close("all")
+    query.write_h5ad(tmp_path / "query.h5ad")
+    assert read_h5ad(tmp_path / "query.h5ad").obs["cluster_predicted"].cat.categories.tolist() == [0, 1, 2]
+
+
+def test_a_file_or_a_missing_folder_is_no_reference(query, reference, tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        scfm.tl.annotate(query, tmp_path / "model")
+    reference.write_h5ad(tmp_path / "reference.h5ad")
+    for name in ("reference.h5ad", "missing.h5ad"):
+        with pytest.raises(ValueError, match=r"anndata\.read_h5ad"):
+            scfm.tl.annotate(query, str(tmp_path / name), labels_key="label")
+
+
+def test_weights_that_the_authors_fine_tune(scfoundation, reference, query, monkeypatch):
+    asked = []
+
+    def load(name, **options):
+        asked.append(options.get("weights"))
+        raise RuntimeError
+
+    monkeypatch.setattr("scfm.models._task.load", load)
+    monkeypatch.setattr("scfm.tl._inputs.load", load)
+    for given in ({"method": "finetune"}, {"method": "finetune", "weights": "cell"}, {}, {"weights": "rde"}):
+        with pytest.raises(RuntimeError):
+            scfm.tl.annotate(query, reference, labels_key="label", model="scfoundation", **given)
+    for tool in (scfm.tl.enhance, scfm.tl.reconstruct, scfm.benchmark.enhancement):
+        for given in ({}, {"weights": "cell"}):
+            with pytest.raises(RuntimeError):
+                tool(query, "scfoundation", **given)
+    with pytest.raises(RuntimeError):
+        scfm.benchmark.cells(query, "scfoundation", labels_key="label", batch_key="batch", task="integration")
+    assert asked == ["gene", "cell", None, "rde", *["gene", "cell"] * 3, "rde"]
+    with pytest.raises(ValueError, match="loaded already"):
+        scfm.tl.annotate(query, reference, labels_key="label", model=scfoundation, weights="gene", method="finetune")

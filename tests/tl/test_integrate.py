@@ -249,3 +249,12 @@ def test_models_that_cannot(scgpt, cells, monkeypatch):
     monkeypatch.setattr(type(scgpt), "capabilities", frozenset({"embeds"}))
     with pytest.raises(scfm.UnsupportedError, match="pre-training objective. Models that can"):
         integrate(cells, scgpt, method="finetune", objective="adversarial")
+
+
+def test_the_record_names_the_weights_that_training_started_from(make_data):
+    cells = make_data(30)
+    cells.var_names = ["CD3D", "CD3E", "MS4A1", "NKG7", "GNLY", "LYZ", "CD14", "PPBP", *cells.var_names[8:]]
+    start = scfm.load("scgpt-mini").provenance.sha256
+    train = {"max_epochs": 1, "accelerator": "cpu", "batch_size": 10}
+    integrate(cells, "scgpt-mini", method="finetune", train=train)
+    assert cells.uns["scgpt-mini_integrated"]["checkpoint"]["sha256"] == start != ""

@@ -156,6 +156,25 @@ def test_real_predictor_from_a_baseline(cells):
     assert np.corrcoef(found, expected)[0, 1] > 0.99
 
 
+@pytest.mark.parametrize("baseline", ["no_change", "perturbed_mean", "matching_mean"])
+def test_baselines_answer_for_genes_that_they_do_not_know(cells, controls, baseline):
+    from scfm.benchmark import perturbation_baseline
+    from scfm.tasks.perturbation_data import PerturbationSplit
+
+    split = PerturbationSplit.from_lists(["A", "B"], test=["C"])
+    model = perturbation_baseline(cells, baseline, split=split)
+    assert "C" not in model.perturbable
+    found = tl.perturb(controls, ["C"], model, copy=True)
+    means = pd.DataFrame(cells.uns["perturbation"]["means"], index=cells.uns["perturbation"]["names"])
+    change = 0 if baseline == "no_change" else (means.loc["A"] + means.loc["B"]).to_numpy() / 2 - means.loc["ctrl"]
+    _, _, expected = next(model.iter_predictions(["C"], controls, len(controls)))
+    np.testing.assert_allclose(found.layers["perturbed_C"], expected, rtol=1e-5)
+    # cut at zero, so not exactly
+    np.testing.assert_allclose(found.uns["perturb"]["mean_change"][0], change * np.ones(cells.n_vars), atol=0.2)
+    with pytest.raises(ValueError, match="cannot perturb C"):
+        tl.perturb(controls, ["C"], [model, Learner("AB")])
+
+
 def test_the_real_class(cells, tmp_path):
     from scfm.models import GeneticPerturbation
 

@@ -9,7 +9,7 @@ import pytest
 from perturbed import PAIRS, SINGLES, Learner, make_cells
 from scipy.spatial.distance import cdist
 
-from scfm import tl
+from scfm import pp, tl
 from scfm.benchmark import perturbation_baseline
 from scfm.metrics import genetic_interaction, interaction_magnitude
 
@@ -64,8 +64,6 @@ def test_synergy_is_found():
     values = cells.X.toarray()
     values[rows] = values[control].mean(0) + 2.5 * (values[rows] - values[control].mean(0))
     values[(cells.obs["scfm_perturbation"] == "C+D").to_numpy()] = values[control][:20]
-    from scfm import pp
-
     cells.X = np.abs(values)
     pp.perturbation_setup(cells, control="control")
     tl.genetic_interactions(cells, n_calls=1)
@@ -84,6 +82,30 @@ def test_pairs_that_are_not_measured(cells, additive):
     assert adata.uns["genetic_interactions"]["params"]["n_genes"] == 20
 
 
+def test_genes_of_the_fit_that_are_given_are_all_used(cells):
+    low = cells.copy()
+    low.uns["perturbation"] = cells.uns["perturbation"] | {"means": cells.uns["perturbation"]["means"] / 100}
+    genes = cells.var_names[:20]
+    for options, n_genes in (
+        ({}, 20),
+        ({"min_mean": 0.03}, int((low.uns["perturbation"]["means"][0, :20] >= 0.03).sum())),
+    ):
+        record = tl.genetic_interactions(low, genes=genes, **options, copy=True).uns["genetic_interactions"]
+        assert record["params"]["n_genes"] == n_genes
+    with pytest.raises(ValueError, match="0 genes are left"):
+        tl.genetic_interactions(low, copy=True)
+
+
+def test_measured_pairs_without_single_effects_are_named(cells, capsys):
+    some = cells[cells.obs["scfm_perturbation"] != "D"].copy()
+    pp.perturbation_setup(some, control="control")
+    table = tl.genetic_interactions(some, copy=True).uns["genetic_interactions"]["table"]
+    assert set(table["pair"]) == {"A+B", "A+C"}
+    assert "2 measured pairs are left out, because they have a gene that was not measured alone: B+D, C+D" in (
+        capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -92,7 +114,8 @@ def test_pairs_that_are_not_measured(cells, additive):
         ({"singles": "other"}, ValueError, "singles must be"),
         ({"genes": ["none"]}, KeyError, "no gene none"),
         ({"min_mean": 99.0}, ValueError, "0 genes are left"),
-        ({"pairs": ["A+X"]}, ValueError, "no pair has both genes"),
+        ({"pairs": ["A+B", "A+X"]}, ValueError, r"not measured alone: A\+X; compare"),
+        ({"pairs": ["A+B", "A+D"]}, ValueError, r"these are not: A\+D"),
         ({"n_calls": 0}, ValueError, "n_calls"),
     ],
 )
@@ -139,6 +162,11 @@ def test_votes_by_counting(cells):
     assert ranking["relevant"].to_dict() == {"A": True, "B": True, "C+D": False}
 
 
+def test_targets_in_usual_spellings(cells, additive):
+    found = tl.reverse_perturb(cells, additive, target=["A+ctrl", "B_A", "A+B"], n_profiles=4, n_top=1, copy=True)
+    assert found.uns["reverse_perturb"]["ranking"]["target"].tolist() == ["A", "A+B"]
+
+
 def test_mean_profiles_and_groups_of_any_kind(cells, additive):
     adata = cells.copy()
     adata.obs["state"] = np.where(adata.obs["scfm_perturbation"] == "B+D", "ill", "well")
@@ -156,14 +184,14 @@ def test_mean_profiles_and_groups_of_any_kind(cells, additive):
     [
         ({"groupby": "none"}, KeyError, "no column 'none'"),
         ({"target": "X"}, KeyError, "no group X"),
-        ({"candidates": ["X"]}, ValueError, "cannot perturb X"),
+        ({"candidates": ["X"], "model": Learner("AB")}, ValueError, "cannot perturb X"),
         ({"method": "other"}, ValueError, "method must be"),
         ({"k": 0}, ValueError, "at least 1"),
     ],
 )
 def test_reverse_wrong_input(cells, additive, options, error, message):
     with pytest.raises(error, match=message):
-        tl.reverse_perturb(cells, additive, **options, copy=True)
+        tl.reverse_perturb(cells, **{"model": additive} | options, copy=True)
 
 
 def test_no_controls(cells, additive):
@@ -196,5 +224,29 @@ def test_atlas(cells, tmp_path):
     atlas.write_h5ad(tmp_path / "x.h5ad")
     with pytest.raises(ValueError, match="too few for a map"):
         tl.perturbation_atlas(cells, model, ["A", "B"])
+
+
+def test_atlas_without_the_perturbed_genes(cells, monkeypatch):
+    """They are left out by symbol where the index holds ids."""
+    left = {}
+    monkeypatch.setattr(
+        "scfm.tl._perturbation_atlas._arrange",
+        lambda atlas, used, *rest: (
+            left.update(used=used) or atlas.obs.insert(0, "cluster", pd.Categorical(["0"] * len(atlas)))
+        ),
+    )
+    adata = cells.copy()
+    adata.var["gene_name"] = ["A", "B", *cells.var_names[2:]]
+    adata.var_names = [f"ENSG{i:011d}" for i in range(adata.n_vars)]
+    from scfm import pp
+
+    pp.perturbation_setup(adata, control="control", gene_symbols="gene_name")
+    for control in (None, adata[adata.obs["scfm_perturbation"] == "ctrl"].copy()):
+        tl.perturbation_atlas(adata, Learner(), control=control)
+        assert np.flatnonzero(~left["used"]).tolist() == [0, 1]
+
+
+def test_atlas_needs_one_list_of_genes(cells):
+    model = Learner()
     with pytest.raises(ValueError, match="not both"):
         tl.perturbation_atlas(cells, model, ["A", "B"], perturbations=["A"])

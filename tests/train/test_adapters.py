@@ -203,7 +203,8 @@ def test_targets(backbone):
     assert parts[0] | parts[1] == everywhere
     assert not parts[0] & parts[1]
     one = sorted(everywhere)[0]
-    assert [name for name, _ in adapted_layers(add_lora(make(backbone.kind), targets=[one]).module)] == [one]
+    for targets in ([one], one):
+        assert [name for name, _ in adapted_layers(add_lora(make(backbone.kind), targets=targets).module)] == [one]
     with pytest.raises(ValueError, match="match no linear map"):
         add_lora(backbone, targets=["attention_of_another_model"])
     packed = not isinstance(backbone.module.get_submodule(one), torch.nn.Linear)

@@ -18,10 +18,11 @@ from scfm.train._plan import default_optimization, loss_parts
 from .conftest import N_GENES, SMALL
 
 
-def plan_of(kind: str, **options) -> PretrainingPlan:
+def plan_of(kind: str, *, redraw_every: int = 1000, **options) -> PretrainingPlan:
     cls = backbone_class(kind)
     vocab = GeneVocab([*cls.specials, *(f"G{i}" for i in range(N_GENES))], specials=cls.specials)
-    config = cls.config_for(SMALL[kind]["config"], vocab)
+    values = SMALL[kind]["config"] | ({"redraw_every": redraw_every} if kind == "sclong" else {})
+    config = cls.config_for(values, vocab)
     backbone = from_config(kind, config, vocab, device="cpu", precision="float32")
     backbone.module.requires_grad_()
     return PretrainingPlan(backbone, genes=vocab.match(vocab.genes), **options)
@@ -82,6 +83,34 @@ def test_random_features_are_drawn_with_the_step_and_not_with_calls():
     resumed.log_dict = lambda *_, **__: None
     resumed.training_step(batch_of(8))
     assert torch.equal(features(resumed), seen[8])
+
+
+@pytest.mark.parametrize(("calls", "per_step", "steps"), [(1000, 200, 5), (1000, 300, 4), (2, 5, 1)])
+def test_features_are_redrawn_after_as_many_calls_as_the_config_says(calls, per_step, steps):
+    plan = plan_of("sclong", per_step=per_step, redraw_every=calls)
+    assert plan.optimization.redraw_every == "config"
+    periods = [plan._period_of(step) for step in range(2 * steps + 1)]
+    assert periods == [0] * steps + [1] * steps + [2]
+
+
+def test_features_follow_the_config_in_training_unless_something_else_is_said():
+    features = lambda plan: plan.module.decoder.layers[0].projection.clone()
+    for optimization, changes in [(None, [2, 4]), (Optimization(), []), (Optimization(redraw_every=3), [3])]:
+        plan = plan_of("sclong", optimization=optimization, redraw_every=2)
+        plan.log_dict = lambda *_, **__: None
+        seen = [features(plan)]
+        for number in range(5):
+            plan.training_step(batch_of(number))
+            seen.append(features(plan))
+        pairs = enumerate(zip(seen[:-1], seen[1:], strict=True))
+        assert [number for number, (before, after) in pairs if not torch.equal(before, after)] == changes
+
+
+def test_options_that_an_objective_does_not_have_are_refused_before_the_first_step():
+    with pytest.raises(ValueError, match=r"scgpt has no option 'foo'; it has cell_prompt, max_length, ratio, task"):
+        plan_of("scgpt", objective={"foo": 1})
+    with pytest.raises(ValueError, match="'bar'"):
+        plan_of("cellfm", objective_from={3: {"bar": 1}})
 
 
 def test_features_of_frozen_stacks_stay():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,13 +19,34 @@ from scfm.train._presets import clip_gradients, learning_rate_at
 
 def test_restarts_are_those_of_sclong(golden):
     case = golden("sclong", "pretrain_step")
-    rates = [learning_rate_at(OPTIMIZATIONS["sclong"], epoch) for epoch in range(80)]
+    rates = [learning_rate_at(OPTIMIZATIONS["sclong-code"], epoch) for epoch in range(80)]
     np.testing.assert_allclose(rates, case.expected["lr_per_epoch"], rtol=1e-12)
 
 
-def test_five_epochs_of_sclong_never_leave_the_warm_up():
-    rates = [learning_rate_at(OPTIMIZATIONS["sclong"], epoch) for epoch in range(5)]
+def test_five_epochs_of_the_code_of_sclong_never_leave_the_warm_up():
+    rates = [learning_rate_at(OPTIMIZATIONS["sclong-code"], epoch) for epoch in range(5)]
     np.testing.assert_allclose(rates, [1e-6, 1.08e-5, 2.06e-5, 3.04e-5, 4.02e-5], rtol=1e-12)
+
+
+def test_the_schedule_of_sclong_counts_steps_and_that_of_its_code_epochs():
+    units = {name: OPTIMIZATIONS[name].unit for name in ("sclong", "sclong-code")}
+    assert units == {"sclong": "step", "sclong-code": "epoch"}
+    assert replace(OPTIMIZATIONS["sclong"], unit="epoch") == OPTIMIZATIONS["sclong-code"]
+
+
+def test_numbers_may_be_text():
+    given = Optimization(learning_rate="1e-3", betas=["0.8", "0.9"], warmup_steps="10", redraw_every="5")
+    assert given == Optimization(learning_rate=1e-3, betas=(0.8, 0.9), warmup_steps=10, redraw_every=5)
+    for values, text in [
+        ({"learning_rate": "fast"}, "learning_rate must be a number"),
+        ({"learning_rate": True}, "learning_rate must be a number"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a number"),
+        ({"warmup_steps": 2.5}, "warmup_steps must be a whole number"),
+        ({"step_size": 0}, "step_size must be at least 1"),
+        ({"redraw_every": 0}, "redraw_every must be at least 1"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            Optimization(**values)
 
 
 def test_warm_up_and_cosine_of_scgpt():
@@ -47,8 +69,8 @@ def test_other_schedules():
 
 def test_a_schedule_of_epochs_is_stepped_after_each_step_and_can_start_in_the_middle():
     def rates(first_step: int, n: int) -> list[float]:
-        optimizer = build_optimizer({"w": nn.Parameter(torch.zeros(1))}, OPTIMIZATIONS["sclong"])
-        schedule = build_schedule(optimizer, OPTIMIZATIONS["sclong"], steps_per_epoch=2, first_step=first_step)
+        optimizer = build_optimizer({"w": nn.Parameter(torch.zeros(1))}, OPTIMIZATIONS["sclong-code"])
+        schedule = build_schedule(optimizer, OPTIMIZATIONS["sclong-code"], steps_per_epoch=2, first_step=first_step)
         out = []
         for _ in range(n):
             out.append(optimizer.param_groups[0]["lr"])
@@ -60,7 +82,8 @@ def test_a_schedule_of_epochs_is_stepped_after_each_step_and_can_start_in_the_mi
     assert rates(3, 3) == rates(0, 6)[3:]
     with pytest.raises(ValueError, match="steps_per_epoch"):
         build_schedule(
-            build_optimizer({"w": nn.Parameter(torch.zeros(1))}, OPTIMIZATIONS["sclong"]), OPTIMIZATIONS["sclong"]
+            build_optimizer({"w": nn.Parameter(torch.zeros(1))}, OPTIMIZATIONS["sclong-code"]),
+            OPTIMIZATIONS["sclong-code"],
         )
 
 

@@ -231,6 +231,13 @@ def test_same_seed_gives_the_same_model(recipe):
     assert first != other
 
 
+@pytest.mark.parametrize("kind", list(SMALL))
+def test_every_kind_trains_in_mixed_precision(kind, recipe, annotations):
+    changes = {"annotations": str(annotations)} if kind == "sclong" else {}
+    history = pretrain(recipe(kind, max_steps=2, precision="bf16-mixed", **changes)).history
+    assert np.isfinite(history["loss"].iloc[1:]).all()
+
+
 # -- from a checkpoint -----------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +291,53 @@ def test_more_steps_can_be_asked_for_later(recipe, tmp_path):
 def test_mistakes_say_what_to_do(recipe, changes, arguments, text):
     with pytest.raises(ValueError, match=text):
         pretrain(recipe(**changes), **arguments)
+
+
+def test_a_run_in_which_no_cell_counts_is_refused(recipe):
+    for in_memory in (True, False):
+        with pytest.raises(ValueError, match="none of the 128 cells to train on has 1,000 expressed genes"):
+            pretrain(recipe(min_genes=1000, in_memory=in_memory, block_size=1))
+
+
+def test_resuming_needs_a_folder(recipe):
+    with pytest.raises(ValueError, match="give out= with resume=True"):
+        pretrain(recipe(), resume=True)
+
+
+def test_networks_that_see_batches_are_refused(recipe):
+    for changes in ({"use_batch_labels": True}, {"input_norm": "dsbn"}):
+        config = {**SMALL["scgpt"]["config"], **changes, "n_batches": 2}
+        with pytest.raises(scfm.UnsupportedError, match="sees the batch of each cell"):
+            pretrain(recipe(config=config))
+
+
+def test_options_of_the_objective_are_checked(recipe):
+    with pytest.raises(ValueError, match="cellfm has no option 'foo'"):
+        pretrain(recipe("cellfm", objective={"foo": 1}))
+
+
+def test_the_cell_prompt_of_scgpt_comes_late_unless_something_is_said(recipe, monkeypatch):
+    from scfm.backbones import scgpt
+
+    monkeypatch.setattr(scgpt, "_CELL_PROMPT_FROM", 2)
+    published = {"objective": {}, "objective_from": {}}
+    late = pretrain(recipe(max_steps=4, **published)).history["cell_prompt"].iloc[1:]
+    assert (late.iloc[:2] == 0).all()
+    assert (late.iloc[2:] > 0).all()
+    throughout = pretrain(recipe(max_steps=2, objective={"cell_prompt": True}, objective_from={})).history
+    assert (throughout["cell_prompt"].iloc[1:] > 0).all()
+
+
+def test_the_published_change_comes_after_a_thousand_iterations():
+    backbone = scfm.load("scgpt-mini")
+    assert backbone.objective_schedule == {0: {"cell_prompt": False}, 1001: {"cell_prompt": True}}
+
+
+def test_scgpt_without_a_flag_of_queries_learns_masked_values(recipe):
+    config = {**SMALL["scgpt"]["config"], "query_flag": False}
+    history = pretrain(recipe(max_steps=2, config=config, objective={}, objective_from={})).history.iloc[1:]
+    assert (history["gene_prompt"] > 0).all()
+    assert (history["cell_prompt"] == 0).all()
 
 
 def test_a_warm_up_longer_than_the_run_warns(recipe, capsys):

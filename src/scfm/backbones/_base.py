@@ -11,11 +11,12 @@ import torch
 
 from .._errors import UnsupportedError
 from ._device import resolve_device, resolve_dtype, warn_if_slow
+from ._keywords import keyword_options
 from ._kinds import kinds_with
 from ._tasks import TaskMethods
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from scipy.sparse import csr_matrix
@@ -54,6 +55,12 @@ class Provenance:
     citation: str = ""
     weights: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def start_sha256(self) -> str:
+        """Checksum of the file that weights come from which were trained or given another form since."""
+        origins = (self.extra.get(name, {}) for name in ("rebuilt", "source"))
+        return next((origin["sha256"] for origin in origins if origin.get("sha256")), self.sha256)
 
 
 @dataclass
@@ -132,6 +139,9 @@ class Backbone(TaskMethods, ABC):
     joint_heads: ClassVar[tuple[str, ...]] = ()
     # names of the submodules that belong to a task, not to the pre-trained model
     head_modules: ClassVar[tuple[str, ...]] = ()
+    # names of the weights, of a checkpoint that holds several, that the authors take for "annotation" (fine-tuning),
+    # "expression" and "integration"
+    task_weights: ClassVar[Mapping[str, str]] = {}
     # whether the authors fine-tune for the integration of batches: integration_config and _integration_loss do it
     integrates: ClassVar[bool] = False
     # names of the submodules with weights for single batches of the data
@@ -462,6 +472,39 @@ class Backbone(TaskMethods, ABC):
         """The paper's pre-training objective; the random part is drawn from ``generator``."""
         self.require("pretrains")
         return self._pretraining_loss(tokens.to(self.device), generator, **options)
+
+    @property
+    def objective_schedule(self) -> dict[int, dict[str, Any]]:
+        """Options of :meth:`pretraining_loss` in the published pre-training, by the first step they are for."""
+        return {}
+
+    @property
+    def needs_batch_labels(self) -> bool:
+        """Whether the network can only be trained on cells whose batch is known."""
+        return False
+
+    def objective_options(self) -> set[str] | None:
+        """Names of the options of :meth:`pretraining_loss`; ``None`` if only a call can tell."""
+        return keyword_options(self._pretraining_loss)
+
+    def check_objective(self, options: Iterable[str]) -> None:
+        """Raise unless :meth:`pretraining_loss` has options of these names.
+
+        Raises
+        ------
+        UnsupportedError
+            If the model has no pre-training objective.
+        ValueError
+            If a name is unknown.
+        """
+        self.require("pretrains")
+        known = self.objective_options()
+        if known is not None and (unknown := [name for name in options if name not in known]):
+            msg = (
+                f"the objective of {self.kind} has no option {', '.join(map(repr, unknown))}; it has "
+                f"{', '.join(sorted(known)) or 'none'}"
+            )
+            raise ValueError(msg)
 
     def cell_states(self, tokens: TokenBatch, *, pooling: str | None = None, **options: Any) -> Tensor:
         """Cell embeddings with gradients if they are enabled, before any normalisation, ``(cells, dim)``.

@@ -23,6 +23,8 @@ class FineTuning:
         Fields of :class:`scfm.train.Optimization`, such as ``{"preset": "cellfm-tutorials"}``.
     batch_size
         Cells in a forward pass.
+    mixed_optimization
+        Fields of it that differ in mixed precision.
     accumulate
         Forward passes in an optimiser step.
     max_epochs
@@ -34,9 +36,10 @@ class FineTuning:
     min_cells
         Classes with fewer cells to train on are left out.
     keep
-        Which weights count after training: those of the epoch with the lowest loss of held-out cells, or the last.
+        Which weights count after training: those of the epoch that is best on held-out cells, or the last.
     monitor
-        Which part of the loss of held-out cells decides that, and when training stops early; ``"loss"`` is the total.
+        What about held-out cells decides that, and when training stops early: a part of their loss, of which ``"loss"``
+        is the total; or ``"macro F1"``, the higher the better.
     objective
         Options of the loss.
     n_top_genes
@@ -47,6 +50,7 @@ class FineTuning:
 
     tokenize: Mapping[str, Any] = field(default_factory=dict)
     optimization: Mapping[str, Any] = field(default_factory=lambda: {"optimizer": "adamw", "learning_rate": 1e-4})
+    mixed_optimization: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 32
     accumulate: int = 1
     max_epochs: int = 10
@@ -70,10 +74,7 @@ class ZeroShot:
         How token states become one vector per cell; the default of the model if ``None``.
     tokenize
         Options of the model's tokenizer.
-    weights
-        Which weights of a checkpoint that holds several.
     """
 
     pooling: str | None = None
     tokenize: Mapping[str, Any] = field(default_factory=dict)
-    weights: str | None = None

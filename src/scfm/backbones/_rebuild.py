@@ -146,5 +146,5 @@ def _copy_rows(old: Tensor, new: Tensor, old_vocab: GeneVocab, new_vocab: GeneVo
 def _provenance(backbone: Backbone, seed: int) -> Any:
     """Licence and citation stay those of the original; its file is not what the copy holds."""
     origin = backbone.provenance
-    extra = {**origin.extra, "rebuilt": {"id": origin.id, "sha256": origin.sha256, "seed": seed}}
+    extra = {**origin.extra, "rebuilt": {"id": origin.id, "sha256": origin.start_sha256, "seed": seed}}
     return replace(origin, path="", sha256="", extra=extra)

@@ -50,7 +50,10 @@ class TaskMethods:
         return ZeroShot()
 
     def integration_config(self, n_batches: int) -> Any:
-        """Config of a network that can be fine-tuned for the integration of so many batches."""
+        """Config of a network that can be fine-tuned for the integration of so many batches.
+
+        A class may take more, as keywords, about the form of its network.
+        """
         msg = f"the authors of {self.kind} publish no fine-tuning for integration"
         raise UnsupportedError(msg)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -65,10 +65,16 @@ class ShiftedCells:
         The baseline.
     read
         Gives the log-normalised expression of cells, sparse, ``(cells, genes)``; by default ``X`` holds it.
+
+    Attributes
+    ----------
+    answers_for_any_gene
+        Tells tools not to refuse genes outside ``perturbable``.
     """
 
     baseline: PerturbationBaseline
     read: Callable[[AnnData], sparse.spmatrix | np.ndarray] | None = None
+    answers_for_any_gene: ClassVar[bool] = True
 
     @property
     def perturbable(self) -> pd.Index:

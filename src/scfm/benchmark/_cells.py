@@ -9,12 +9,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from scipy import sparse
 
 from .. import _logging
+from .._columns import ColumnMap
+from .._label_names import label_names
+from .._optional import require
 from ..backbones import random_copy
+from ..backbones._task_weights import weights_for
 from ..baselines import harmony, hvg_pca, knn_labels, logistic_labels, majority_labels, scvi_latent, shuffled_labels
 from ..metrics import annotation_scores, integration_scores
 from ..models import BatchIntegrator, CellTypeClassifier
+from ..models._splits import held_out_within
 from ..tasks.linear import linear_votes
 from ..tasks.neighbors import find_neighbors, vote
 from ..tl import embed, integrate
@@ -23,6 +29,7 @@ from ..tl._inputs import load_backbone, result_name
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from ..backbones import Backbone
     from ..tl._inputs import Model
 
 Task = Literal["annotation", "integration"]
@@ -30,6 +37,8 @@ Method = Literal["knn", "linear", "finetune", "zero-shot"]
 
 COLUMNS = ("task", "kind", "name", "method", "held_out", "seed", "metric", "value")
 _TASKS = ("annotation", "integration")
+_SPLITS = ("groups", "within")
+_WITHIN = "within (optimistic)"
 _METHODS = {"annotation": ("knn", "linear", "finetune"), "integration": ("zero-shot", "finetune")}
 _BASELINES = {
     "annotation": ("hvg_pca", "knn", "logistic", "majority", "shuffled"),
@@ -61,6 +70,7 @@ def cells(
     methods: Sequence[Method] | None = None,
     split_by: str | None = None,
     held_out: Sequence[str] | None = None,
+    split: Literal["groups", "within"] = "groups",
     baselines: Sequence[str] | None = None,
     random_weights: bool = True,
     seeds: Sequence[int] = (0, 1, 2),
@@ -78,7 +88,7 @@ def cells(
     Parameters
     ----------
     adata
-        Annotated data with counts and labels. It is not changed.
+        Annotated data with counts and labels. It is not changed. Columns with the same gene name are summed.
     models
         Model or models, as in :func:`scfm.tl.embed`.
     labels_key
@@ -94,12 +104,17 @@ def cells(
         Column of ``obs`` whose groups are held out for annotation; by default ``batch_key``.
     held_out
         Which of the groups; by default all, one after the other.
+    split
+        ``"groups"`` holds out whole groups. ``"within"`` tests on 30 % of the cells of each type in each group, as CellFM
+        does within a data set (seed 0). The model has then seen cells of the same donors and batches, so that the scores are
+        too good for cells of new ones; the table calls this ``"within (optimistic)"``.
     baselines
         ``"hvg_pca"``, ``"knn"`` and ``"logistic"`` (both on log-normalised variable genes), ``"majority"`` and
         ``"shuffled"`` for annotation; ``"hvg_pca"``, ``"harmony"``, ``"scvi"`` and ``"shuffled"`` for integration. By
         default those that are fast and installed.
     random_weights
-        Whether to add copies of the models with random weights.
+        Whether to add copies of the models with random weights, for every method: what is due to pre-training is the
+        difference to them. For ``"finetune"`` they are trained, too, which doubles the time.
     seeds
         Seeds of everything random: fine-tuning, random weights, shuffling, clusters.
     layer
@@ -113,7 +128,8 @@ def cells(
     Returns
     -------
     Tidy table with one row for each score: ``task``, ``kind`` (``"model"``, ``"random weights"``, ``"baseline"`` or
-    ``"control"``), ``name``, ``method``, ``held_out`` (the group, ``"none"`` for integration), ``seed``, ``metric`` and
+    ``"control"``), ``name``, ``method``, ``held_out`` (the group, ``"within (optimistic)"``, or
+    ``"none"`` for integration), ``seed``, ``metric`` and
     ``value``. :func:`scfm.benchmark.summary` gives means and spreads, :func:`scfm.pl.benchmark` a picture.
 
     Raises
@@ -123,7 +139,8 @@ def cells(
     MissingExtraError
         If a baseline that was asked for is not installed.
     ValueError
-        If there is one group or label only, or a task, method or baseline is unknown.
+        If there is one group or label only, a task, method, baseline or split is unknown, or ``split="within"`` is asked for
+        beside ``held_out`` or for integration.
 
     Examples
     --------
@@ -132,6 +149,11 @@ def cells(
     >>> scfm.benchmark.summary(table)  # doctest: +SKIP
     """
     methods, baselines = _choices(task, methods, baselines)
+    if split not in _SPLITS or (split == "within" and (held_out is not None or task == "integration")):
+        msg = (
+            f"split must be one of {', '.join(_SPLITS)}; 'within' is for annotation without held_out=. It is {split!r}"
+        )
+        raise ValueError(msg)
     groups = split_by or batch_key
     for column in (labels_key, groups, batch_key):
         if column is not None and column not in adata.obs:
@@ -141,9 +163,13 @@ def cells(
         needed = "batch_key=" if task == "integration" else "split_by= or batch_key="
         msg = f"{needed} has to name the groups of cells: cells at random would make the scores too good"
         raise ValueError(msg)
-    work = _labelled(adata, labels_key, groups if task == "annotation" else batch_key, layer)
+    work = _labelled(
+        adata, labels_key, groups if task == "annotation" else batch_key, layer, fewest=1 if split == "within" else 2
+    )
     models = [models] if not isinstance(models, (list, tuple)) else list(models)
-    bench = _Bench(work, labels_key, groups, batch_key, methods, tuple(seeds), dict(train or {}), device)
+    bench = _Bench(
+        work, labels_key, groups, batch_key, methods, tuple(seeds), dict(train or {}), device, split == "within"
+    )
     start = _logging.info(f"comparing {len(models)} models on {work.n_obs:,} cells ({task})")
     for model in models:
         bench.add_model(model, task, random_weights=random_weights, held_out=held_out)
@@ -195,24 +221,37 @@ def _choices(
         if unknown := [name for name in chosen if name not in known]:
             msg = f"there is no {what} {', '.join(map(repr, unknown))} for {task}; choose among {', '.join(known)}"
             raise ValueError(msg)
+    if "harmony" in baselines:
+        require("harmonypy", purpose="the baseline 'harmony'")
     return tuple(methods), tuple(baselines)
 
 
-def _labelled(adata: AnnData, labels_key: str, groups: str, layer: str | None) -> AnnData:
+def _labelled(adata: AnnData, labels_key: str, groups: str, layer: str | None, *, fewest: int) -> AnnData:
     """Counts of the cells that have a label and a group, as ``X`` of a new object."""
     if layer is not None and layer not in adata.layers:
         msg = f"there is no layer {layer!r}; there are {', '.join(adata.layers) or 'none'}"
         raise KeyError(msg)
     usable = (adata.obs[labels_key].notna() & adata.obs[groups].notna()).to_numpy()
-    for column, what in ((labels_key, "label"), (groups, "group")):
-        if adata.obs.loc[usable, column].nunique() < 2:
-            msg = f"obs[{column!r}] has fewer than two {what}s, so there is nothing to compare"
+    for column, what, least in ((labels_key, "label", 2), (groups, "group", fewest)):
+        if adata.obs.loc[usable, column].nunique() < least:
+            msg = f"obs[{column!r}] has fewer than {'two' if least == 2 else 'one'} {what}s, so there is nothing to compare"
             raise ValueError(msg)
     counts = adata.X if layer is None else adata.layers[layer]
-    work = AnnData(counts[usable], obs=adata.obs[usable].copy(), var=adata.var.copy())
+    counts, var = counts[usable], adata.var.copy()
+    if not adata.var_names.is_unique:
+        counts, var = _summed(counts, var)
+    work = AnnData(counts, obs=adata.obs[usable].copy(), var=var)
     for column in (labels_key, groups):
-        work.obs[column] = work.obs[column].astype(str).astype("category")
+        work.obs[column] = label_names(work.obs[column]).astype("category")
     return work
+
+
+def _summed(counts: Any, var: pd.DataFrame) -> tuple[sparse.csr_matrix, pd.DataFrame]:
+    """Counts with one column for each name, and the table of genes with the first row of each."""
+    columns = ColumnMap.from_ids(pd.factorize(var.index)[0])
+    kept = var[~var.index.duplicated()]
+    _logging.warning(f"{len(var) - len(kept):,} columns have the name of another gene; their counts are summed")
+    return columns.apply(sparse.csr_matrix(counts)), kept
 
 
 @dataclass
@@ -227,6 +266,7 @@ class _Bench:
     seeds: tuple[int, ...]
     train: dict[str, Any]
     device: str
+    within: bool = False
     rows: list[tuple[Any, ...]] = field(default_factory=list)
 
     @property
@@ -236,13 +276,15 @@ class _Bench:
     # -- models ------------------------------------------------------------------------------------------------------
 
     def add_model(self, model: Model, task: str, *, random_weights: bool, held_out: Sequence[str] | None) -> None:
-        backbone = load_backbone(model, device=self.device, precision="auto", weights=None)
+        # embeddings that cells are annotated from are made with other weights than fine-tuning starts from
+        backbone = self._load(model, None if task == "annotation" else task)
         name = result_name(backbone)
         embed_all = self._annotate if task == "annotation" else self._integrate
         frozen = [method for method in self.methods if method != "finetune"]
-        embedding = self._embedding(backbone, task)
-        embed_all("model", name, frozen, lambda _: embedding, self.seeds if task == "integration" else (0,), held_out)
-        if random_weights:
+        if frozen:
+            embedding, seeds = self._embedding(backbone, task), self.seeds if task == "integration" else (0,)
+            embed_all("model", name, frozen, lambda _: embedding, seeds, held_out)
+        if frozen and random_weights:
             embed_all(
                 "random weights",
                 name,
@@ -251,11 +293,24 @@ class _Bench:
                 self.seeds,
                 held_out,
             )
-        if "finetune" in self.methods and task == "annotation":
-            self._fine_tune(backbone, name, held_out)
-        elif "finetune" in self.methods:
-            tuned = {seed: self._integrated(backbone, name, seed) for seed in self.seeds}
-            self._integrate("model", name, ["finetune"], tuned.__getitem__, self.seeds, None)
+        if "finetune" not in self.methods:
+            return
+        if task == "annotation" and weights_for(model, task) is not None:
+            backbone = self._load(model, task)
+        kinds: dict[str, Callable[[int], Backbone]] = {"model": lambda _: backbone}
+        if random_weights:
+            kinds["random weights"] = lambda seed: random_copy(backbone, seed=seed)
+        for kind, make in kinds.items():
+            if task == "annotation":
+                self._fine_tune(kind, make, name, held_out)
+            else:
+                tuned = {seed: self._integrated(make(seed), name, seed) for seed in self.seeds}
+                self._integrate(kind, name, ["finetune"], tuned.__getitem__, self.seeds, None)
+
+    def _load(self, model: Model, task: str | None) -> Backbone:
+        """The model, with the weights that its authors take for a task where that can be chosen."""
+        weights = None if task is None else weights_for(model, task)
+        return load_backbone(model, device=self.device, precision="auto", weights=weights)
 
     def _embedding(self, backbone: Any, task: str) -> np.ndarray:
         """Embedding of all cells; for integration as the model is used for it."""
@@ -272,15 +327,15 @@ class _Bench:
             return dict(own)
         return {key: value for key, value in self.train.items() if not hasattr(value, "keys")}
 
-    def _fine_tune(self, backbone: Any, name: str, held_out: Sequence[str] | None) -> None:
+    def _fine_tune(self, kind: str, make: Callable[[int], Backbone], name: str, held_out: Sequence[str] | None) -> None:
         for group, query in self._folds(held_out):
             reference = self.adata[~query].copy()
             CellTypeClassifier.setup_anndata(reference, labels_key=self.labels_key, batch_key=self.groups)
             for seed in self.seeds:
-                model = CellTypeClassifier(reference, checkpoint=backbone, device=self.device, seed=seed)
+                model = CellTypeClassifier(reference, checkpoint=make(seed), device=self.device, seed=seed)
                 model.train(**{"seed": seed, "enable_progress_bar": False} | self._options(name))
                 predicted = model.predict(self.adata, np.flatnonzero(query))
-                self._score(("annotation", "model", name, "finetune", group, seed), query, predicted)
+                self._score(("annotation", kind, name, "finetune", group, seed), query, predicted)
 
     def _integrated(self, backbone: Any, name: str, seed: int) -> np.ndarray:
         work = AnnData(self.adata.X, obs=self.adata.obs.copy(), var=self.adata.var.copy())
@@ -335,7 +390,10 @@ class _Bench:
     def _folds(self, held_out: Sequence[str] | None) -> Iterator[tuple[str, np.ndarray]]:
         """Each group that is held out, and which cells it has."""
         groups = self.adata.obs[self.groups]
-        chosen = list(groups.cat.categories) if held_out is None else [str(name) for name in held_out]
+        if self.within:
+            yield _WITHIN, held_out_within(groups.to_numpy(dtype=str), self.labels)
+            return
+        chosen = list(groups.cat.categories) if held_out is None else label_names(list(held_out)).to_list()
         if unknown := sorted(set(chosen) - set(groups.cat.categories)):
             msg = f"obs[{self.groups!r}] has no group {', '.join(unknown)}"
             raise KeyError(msg)

@@ -13,6 +13,7 @@ from .. import _logging, engine
 from .._depth import DepthTarget
 from .._docs import shared_parameters
 from ..backbones import random_copy
+from ..backbones._task_weights import weights_for
 from ..data import open_source
 from ..genes import GeneMatch
 from ..metrics import recovery_scores
@@ -96,7 +97,8 @@ def enhancement(
     use_raw
         Take the counts from ``adata.raw``.
     weights
-        Which weights of a checkpoint that holds several.
+        Which weights of a checkpoint that holds several; by default those the authors take for expression, if ``model`` is
+        the name of a released one.
     gene_symbols, gene_ids
         Columns of ``adata.var`` with gene symbols and Ensembl ids; by default they are looked for.
     aliases
@@ -142,7 +144,7 @@ def enhancement(
     --------
     >>> import scanpy as sc, scfm
     >>> adata = sc.read_h5ad("pbmc.h5ad")  # doctest: +SKIP
-    >>> table = scfm.benchmark.enhancement(adata, "scfoundation", weights="gene", n_cells=200)  # doctest: +SKIP
+    >>> table = scfm.benchmark.enhancement(adata, "scfoundation", n_cells=200)  # doctest: +SKIP
     >>> table.groupby(["rate", "method"])[["MAE", "MRE", "PCC"]].agg(["mean", "std"])  # doctest: +SKIP
     """
     rates = _checked("rates", [float(rate) for rate in rates])
@@ -156,6 +158,7 @@ def enhancement(
     if n_cells is not None and n_cells < 1:
         msg = f"n_cells must be a positive whole number, or None for all cells; got {n_cells!r}"
         raise ValueError(msg)
+    weights = weights_for(model, "expression") if weights is None else weights
     backbone = load_backbone(model, device=device, precision=precision, weights=weights)
     for capability in ("enhances_depth", "reconstructs"):
         backbone.require(capability)

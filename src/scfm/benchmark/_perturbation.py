@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,14 +22,21 @@ from ..baselines import (
     random_gene_vectors,
     ridge_linear,
 )
-from ..metrics import condition_means, de_overlap, discrimination_scores, e_distance, perturbation_scores
-from ..models._perturbation_data import ExpressionRule, require_setup
-from ..tasks.perturbation_data import CONTROL, PerturbationSplit, genes_of, split_perturbations
+from ..metrics import (
+    condition_means,
+    de_overlap,
+    de_quantiles,
+    discrimination_scores,
+    e_distance,
+    perturbation_scores,
+)
+from ..models._perturbation_data import ExpressionRule, default_split, gene_symbols_of, require_setup, settled_split
+from ..tasks.perturbation_data import CONTROL, PerturbationSplit, genes_of
 from ..tl._responses import Measured, open_models
 from ._cells import COLUMNS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from anndata import AnnData
     from scipy.sparse import csr_matrix
@@ -51,13 +59,15 @@ _COMPONENTS = 30
 _RANDOM_DIM = 10
 _FLAT = 1e-9
 _UNSEEN_TYPE = "unseen_cell_type"
+# of published splits
+_SPLIT_SEED = 1
 
 
 def perturbation(
     adata: AnnData,
     models: Mapping[str, Predictor | Sequence[Predictor] | Fit] | None = None,
     *,
-    split: PerturbationSplit | None = None,
+    split: PerturbationSplit | Mapping[str, Iterable[str]] | None = None,
     baselines: Sequence[str] | None = None,
     gene_vectors: Mapping[str, pd.DataFrame] | None = None,
     ceiling: bool = True,
@@ -79,8 +89,10 @@ def perturbation(
         For each name: a trained :class:`scfm.models.GeneticPerturbation` or its folder, one of them for each seed, or a function
         that trains one from ``(data, split, seed)``. They must not have been trained on what is tested.
     split
-        Which perturbations are tested on; by default that of the first model, without models the one of GEARS with seed 1. Splits that hold out cell types test on the
-        trained perturbations in cells of these types; the setup then needs ``cell_type_key``.
+        Which perturbations are tested on, also as a mapping with ``"train"``, ``"validation"`` and ``"test"``; by default that of
+        the first model, without models the one of GEARS with seed 1. Splits that hold out cell types test on the
+        trained perturbations in cells of these types; the setup then needs ``cell_type_key``. Baselines take shifts from the cells
+        of the other types, and add them to control cells of these.
     baselines
         ``"no_change"``, ``"perturbed_mean"``, ``"matching_mean"``, ``"additive"``, ``"ridge_pca"`` and ``"ridge_random"`` (the
         linear model with principal components, and with random vectors); by default all that the data allow. See
@@ -101,7 +113,8 @@ def perturbation(
     Returns
     -------
     Tidy table in the form of :func:`scfm.benchmark.cells`; ``held_out`` is the subgroup (``unseen_single``, ``combo_seen0`` ...)
-    or the perturbation, ``kind`` also ``"ceiling"``. Scores are those of :func:`scfm.metrics.perturbation_scores`,
+    or the perturbation, ``kind`` also ``"ceiling"``. Scores are those of :func:`scfm.metrics.perturbation_scores` (over the changed
+    genes of the setup, those without dropouts, and quantiles of 45% and 55% over the cells of a perturbation),
     :func:`~scfm.metrics.discrimination_scores` (over all test perturbations), :func:`~scfm.metrics.de_overlap` and
     :func:`~scfm.metrics.e_distance` (30 principal components of the training cells); ``conditions`` counts perturbations, and
     ``predicted`` is the share that the model can predict.
@@ -136,6 +149,8 @@ def perturbation(
         raise ValueError(msg)
     if split is None:
         split = _default_split(adata, models or {})
+    elif isinstance(split, Mapping):
+        split = settled_split(split, adata, _SPLIT_SEED)
     bench = _Bench.of(adata, split, n_cells, by)
     start = _logging.info(f"comparing predictions of {len(bench.names):,} perturbations")
     rows: list[tuple[Any, ...]] = []
@@ -169,7 +184,7 @@ def perturbation_baseline(
     adata: AnnData,
     baseline: str,
     *,
-    split: PerturbationSplit | None = None,
+    split: PerturbationSplit | Mapping[str, Iterable[str]] | None = None,
     vectors: pd.DataFrame | None = None,
     seed: int = 0,
 ) -> ShiftedCells:
@@ -183,7 +198,7 @@ def perturbation_baseline(
         ``"no_change"``, ``"perturbed_mean"``, ``"matching_mean"``, ``"additive"``, ``"ridge_pca"``, ``"ridge_random"``, or any
         name with ``vectors``.
     split
-        What may be learned from; by default all perturbations of the data.
+        What may be learned from; by default all perturbations of the data. Nothing is learned from cell types that are held out.
     vectors
         Vectors of genes for the linear model.
     seed
@@ -192,7 +207,8 @@ def perturbation_baseline(
     Raises
     ------
     ValueError
-        If the data are not prepared, the baseline is unknown, or no perturbed gene has a vector.
+        If the data are not prepared, the baseline is unknown, no perturbation of ``split.train`` has cells, or no perturbed gene
+        has a vector.
     """
     require_setup(adata)
     if baseline not in _BASELINES and vectors is None:
@@ -200,11 +216,12 @@ def perturbation_baseline(
         raise ValueError(msg)
     if split is None:
         split = PerturbationSplit([name for name in Measured.of(adata).means.index if name != CONTROL])
+    elif isinstance(split, Mapping):
+        split = settled_split(split, adata, _SPLIT_SEED)
     values, rule = _read(adata)
-    part = split.of_cells(_labels(adata), _types(adata, split))
-    means = condition_means(values[np.flatnonzero(part == "train")], _labels(adata)[part == "train"])
-    means.columns = adata.var_names.astype(str)
-    return ShiftedCells(_baseline(means, baseline, vectors, seed), lambda cells: rule.read(cells)[0])
+    means = _training_means(adata, values, split)
+    made = _baseline(means, baseline, vectors, seed, gene_symbols_of(adata).astype(str))
+    return ShiftedCells(made, lambda cells: rule.read(cells)[0])
 
 
 class _NoVectorsError(ValueError):
@@ -217,11 +234,7 @@ def _default_split(adata: AnnData, models: Mapping[str, Any]) -> PerturbationSpl
         for one in model if isinstance(model, (list, tuple)) else [model]:
             if isinstance(getattr(one, "split", None), PerturbationSplit):
                 return one.split
-    record = adata.uns[_keys.PERTURBATION]
-    table = record["labels"]
-    table = table[table["perturbation"].astype(str) != CONTROL]
-    known = {gene for name in table["perturbation"].astype(str) for gene in genes_of(name)}
-    return split_perturbations(table["label"].astype(str), control=record["params"].get("controls"), known=known)
+    return default_split(adata, _SPLIT_SEED)
 
 
 def _check_unseen(name: str, model: ResponseModel, tested: Sequence[str]) -> None:
@@ -253,12 +266,46 @@ def _types(adata: AnnData, split: PerturbationSplit) -> np.ndarray | None:
     return adata.obs[str(key)].to_numpy(dtype=str)
 
 
+def _placed(known: Mapping[str, np.ndarray], names: Sequence[str], genes: pd.Index) -> list[np.ndarray] | None:
+    """Positions of the changed genes of perturbations; ``None`` unless all have some."""
+    chosen = [genes.get_indexer(known.get(name, [])) for name in names]
+    chosen = [places[places >= 0] for places in chosen]
+    return chosen if all(map(len, chosen)) else None
+
+
 def _read(adata: AnnData) -> tuple[csr_matrix, ExpressionRule]:
     rule = ExpressionRule.of(adata)
     return rule.read(adata)[0], rule
 
 
-def _baseline(means: pd.DataFrame, name: str, vectors: pd.DataFrame | None, seed: int) -> PerturbationBaseline:
+def _training_means(adata: AnnData, values: csr_matrix, split: PerturbationSplit) -> pd.DataFrame:
+    """Mean expression of control and of each perturbation in the cells that baselines learn from.
+
+    Control cells of held-out types are not among them: none of their perturbed cells are, so that the difference between types
+    would be part of every shift.
+    """
+    labels, types = _labels(adata), _types(adata, split)
+    fit = split.of_cells(labels, types) == "train"
+    if types is not None:
+        fit &= ~np.isin(types, list(split.held_out_cell_types))
+    if not set(labels[fit]) - {CONTROL}:
+        msg = "no perturbation of split.train has cells"
+        raise ValueError(msg)
+    means = condition_means(values[np.flatnonzero(fit)], labels[fit])
+    means.columns = adata.var_names.astype(str)
+    return means
+
+
+def _baseline(
+    means: pd.DataFrame, name: str, vectors: pd.DataFrame | None, seed: int, symbols: np.ndarray
+) -> PerturbationBaseline:
+    """A baseline over the genes of ``means``, which perturbations name by ``symbols``."""
+    genes = means.columns
+    made = _made(means.set_axis(symbols, axis=1), name, vectors, seed)
+    return replace(made, control=made.control.set_axis(genes))
+
+
+def _made(means: pd.DataFrame, name: str, vectors: pd.DataFrame | None, seed: int) -> PerturbationBaseline:
     if name in _MEANS:
         return _MEANS[name](means)
     if vectors is None and name == "ridge_random":
@@ -277,7 +324,7 @@ def _shifted(bench: _Bench, name: str, vectors: pd.DataFrame | None, seed: int) 
         # genes that are tested on have vectors, too, as those of a model do
         genes = sorted({gene for condition in [*bench.train.index, *bench.names] for gene in genes_of(condition)})
         vectors = random_gene_vectors(genes, _RANDOM_DIM, random_state=seed)
-    return ShiftedCells(_baseline(bench.train, name, vectors, seed))
+    return ShiftedCells(_baseline(bench.train, name, vectors, seed, gene_symbols_of(bench.adata).astype(str)))
 
 
 def _fitted(model: Any, adata: AnnData, split: PerturbationSplit, seed: int, number: int) -> ResponseModel:
@@ -310,6 +357,8 @@ class _Bench:
     cells: list[np.ndarray]
     controls: dict[str, np.ndarray]
     de_genes: list[np.ndarray] | None
+    non_dropout: list[np.ndarray] | None
+    quantiles: tuple[np.ndarray, np.ndarray] | None
     components: TruncatedSVD
     n_cells: int
     by: str
@@ -320,11 +369,7 @@ class _Bench:
         labels, types = _labels(adata), _types(adata, split)
         part = split.of_cells(labels, types)
         fit = np.flatnonzero(part == "train")
-        train = condition_means(values[fit], labels[fit])
-        train.columns = adata.var_names.astype(str)
-        if len(train) < 2:
-            msg = "no perturbation of split.train has cells"
-            raise ValueError(msg)
+        train = _training_means(adata, values, split)
         groups: dict[str, np.ndarray] = {"": np.ones(len(labels), dtype=bool)}
         wanted = [(name, "") for name in split.test]
         if types is not None:
@@ -343,15 +388,22 @@ class _Bench:
         if few := [group for group, cells in controls.items() if len(cells) < 2]:
             msg = f"there are fewer than two control cells{' of ' + ', '.join(few) if types is not None else ''}"
             raise ValueError(msg)
-        known = Measured.of(adata).de_genes
-        place = adata.var_names.astype(str)
-        chosen = [place.get_indexer(known.get(name, [])) for name, *_ in units]
-        chosen = [genes[genes >= 0] for genes in chosen]
+        measured = Measured.of(adata)
+        chosen, non_dropout = (
+            _placed(known, [name for name, *_ in units], adata.var_names.astype(str))
+            for known in (measured.de_genes, measured.non_dropout_de_genes)
+        )
         n_components = min(_COMPONENTS, min(len(fit), adata.n_vars) - 1)
         components = TruncatedSVD(n_components, random_state=0).fit(values[fit])
         names, of_group, of_subgroup, cells = map(list, zip(*units, strict=True))
-        usable = chosen if all(map(len, chosen)) else None
-        return cls(adata, values, train, names, of_group, of_subgroup, cells, controls, usable, components, n_cells, by)
+        quantiles = None
+        if chosen is not None:
+            which = np.char.mod("%06d", np.repeat(np.arange(len(cells)), list(map(len, cells))))
+            quantiles = tuple(side.to_numpy() for side in de_quantiles(values[np.concatenate(cells)], which, chosen))
+        return cls(
+            adata, values, train, names, of_group, of_subgroup, cells, controls, chosen, non_dropout, quantiles, components,
+            n_cells, by,
+        )  # fmt: skip
 
     def drawn(self, seed: int) -> _Draw:
         """Cells of a seed."""
@@ -374,7 +426,8 @@ class _Bench:
         shape = len(self.names), self.values.shape[1]
         means, parts = np.zeros(shape), [[] for _ in self.names]
         # baselines say what they take for all where they know nothing
-        able = np.array([kind == "baseline" or set(genes_of(name)) <= known for name in self.names])
+        anything = getattr(model, "answers_for_any_gene", False)
+        able = np.array([anything or set(genes_of(name)) <= known for name in self.names])
         for group, cells in draw.controls.items():
             places = {name: n for n, (name, of) in enumerate(zip(self.names, self.groups, strict=True)) if of == group}
             asked = [name for name, n in places.items() if able[n]]
@@ -445,10 +498,20 @@ class _Bench:
             if not len(rows):
                 continue
             control = self._control_mean(group)
-            few = None if self.de_genes is None else [self.de_genes[row] for row in rows]
+            few, others = (
+                None if genes is None else [genes[row] for row in rows] for genes in (self.de_genes, self.non_dropout)
+            )
+            changed = {"de_genes": few, "non_dropout_de_genes": others}
+            if self.quantiles is not None:
+                changed["quantiles"] = tuple(side[rows] for side in self.quantiles)
             tables = [
-                perturbation_scores(observed[rows], means[rows], control, centroid=centroid, de_genes=few),
+                perturbation_scores(observed[rows], means[rows], control, centroid=centroid, **changed),
                 *([] if few is None else [de_overlap(observed[rows], means[rows], control, few)]),
+                *(
+                    []
+                    if others is None
+                    else [de_overlap(observed[rows], means[rows], control, others).add_prefix("non-dropout ")]
+                ),
                 *([discrimination_scores(observed[rows], means[rows])] if len(rows) > 1 else []),
             ]
             table = pd.concat(tables, axis=1).set_axis(rows)

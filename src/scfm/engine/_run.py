@@ -224,6 +224,7 @@ class _Blocks:
             for block in blocks
         )
         with (
+            _logging.each_warning_once(),
             progress_bar(self.source.n_obs, done=done, label=backbone.name, show=progress) as bar,
             closing(prefetch(tokens)) as ahead,
         ):

@@ -11,7 +11,7 @@ from ._interaction import distance_correlation, genetic_interaction, interaction
 from ._matched_clustering import matched_clustering_scores
 from ._neighbors import clusters_by_bisection, leiden_clusters, neighbor_graph
 from ._network import cosine_adjacency, edges_from_matrix, network_scores, similarity_adjacency
-from ._perturbation import condition_means, perturbation_scores
+from ._perturbation import condition_means, de_quantiles, perturbation_scores
 from ._perturbation_identity import de_overlap, discrimination_scores, e_distance
 from ._programs import program_recovery
 from ._recovery import recovery_scores
@@ -29,6 +29,7 @@ __all__ = [
     "confusion_matrix",
     "cosine_adjacency",
     "de_overlap",
+    "de_quantiles",
     "discrimination_scores",
     "distance_correlation",
     "e_distance",

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import confusion_matrix as count_pairs
 
+from .._label_names import hold_numbers
 from ._labels import encode, encode_complete
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def annotation_scores(
     Parameters
     ----------
     labels, predicted
-        Known and predicted label of each cell, in the same order.
+        Known and predicted label of each cell, in the same order. Whole numbers are the same label whether they come as
+        integers, as floats, or, beside numbers, as text.
     average
         How classes are averaged. ``"sklearn"``: over classes that are among the labels or the predictions, as scikit-learn
         does and the scGPT paper reports; an undefined value is 0. ``"cellfm"``: as the code of CellFM does; the macro F1
@@ -150,8 +152,9 @@ def _counts(
     labels: Labels, predicted: Labels, classes: Sequence | None, unknown: str | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Confusion matrix (labels in rows), rejected cells of each class, names of classes."""
-    guess, guess_names = encode(predicted, "predictions")
-    true, true_names = encode_complete(labels, "labels", len(guess))
+    beside_numbers = hold_numbers(labels) or hold_numbers(predicted)
+    guess, guess_names = encode(predicted, "predictions", beside_numbers=beside_numbers)
+    true, true_names = encode_complete(labels, "labels", len(guess), beside_numbers=beside_numbers)
     if unknown is not None:
         if unknown in true_names:
             msg = f"cells are labelled {unknown!r}, which stands for a rejected prediction; leave them out first"
@@ -159,7 +162,7 @@ def _counts(
         means_rejected = np.append(guess_names == unknown, True)  # the last place is that of code -1
         guess = np.where(means_rejected[guess], -1, guess)
     used = np.union1d(true_names, guess_names[np.unique(guess[guess >= 0])])
-    names = used if classes is None else _check_classes(classes, used)
+    names = used if classes is None else _check_classes(classes, used, beside_numbers=beside_numbers)
     # rejected cells get a class of their own, the last
     position = pd.Index(names)
     true = position.get_indexer(true_names)[true]
@@ -168,8 +171,8 @@ def _counts(
     return counts[:-1, :-1], counts[:-1, -1], names
 
 
-def _check_classes(classes: Sequence, used: np.ndarray) -> np.ndarray:
-    codes, names = encode_complete(classes, "classes", len(classes))
+def _check_classes(classes: Sequence, used: np.ndarray, *, beside_numbers: bool) -> np.ndarray:
+    codes, names = encode_complete(classes, "classes", len(classes), beside_numbers=beside_numbers)
     if len(names) < len(codes):
         msg = "classes holds a name twice"
         raise ValueError(msg)

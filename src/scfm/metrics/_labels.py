@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from .._label_names import label_names
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def encode(values: Sequence | np.ndarray | pd.Series, what: str) -> tuple[np.ndarray, np.ndarray]:
+def encode(
+    values: Sequence | np.ndarray | pd.Series, what: str, *, beside_numbers: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Codes and sorted names of labels.
 
     Whole numbers are named alike whether they come as integers or as floats, as they do beside missing values.
@@ -22,6 +26,8 @@ def encode(values: Sequence | np.ndarray | pd.Series, what: str) -> tuple[np.nda
         Label of each cell, ``(cells,)``: strings, numbers or a categorical.
     what
         What the labels are, for error messages.
+    beside_numbers
+        They are compared with numbers: text such as ``"1.0"`` means the number, too.
 
     Returns
     -------
@@ -33,19 +39,21 @@ def encode(values: Sequence | np.ndarray | pd.Series, what: str) -> tuple[np.nda
     if np.ndim(values) != 1:
         msg = f"{what} must have one value per cell, not the shape {np.shape(values)}"
         raise ValueError(msg)
-    codes, found = pd.factorize(pd.Series(values))
-    found = np.asarray(found)
-    if found.dtype.kind == "f" and np.all(found == np.round(found)):
-        found = found.astype(np.int64)
-    names, merged = np.unique(found.astype(str), return_inverse=True)
-    return np.where(codes < 0, -1, np.append(merged, -1)[codes]), names
+    codes, found = pd.factorize(label_names(values, beside_numbers=beside_numbers))
+    names, place = np.unique(np.asarray(found).astype(str), return_inverse=True)
+    return np.append(place, -1)[codes], names
 
 
 def encode_complete(
-    values: Sequence | np.ndarray | pd.Series, what: str, n_cells: int, *, least: int = 1
+    values: Sequence | np.ndarray | pd.Series,
+    what: str,
+    n_cells: int,
+    *,
+    least: int = 1,
+    beside_numbers: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same for labels that each of ``n_cells`` cells must have, with at least ``least`` different ones."""
-    codes, names = encode(values, what)
+    codes, names = encode(values, what, beside_numbers=beside_numbers)
     if len(codes) != n_cells:
         msg = f"there are {len(codes):,} {what} for {n_cells:,} cells"
         raise ValueError(msg)

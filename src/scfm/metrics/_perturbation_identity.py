@@ -94,6 +94,12 @@ def de_overlap(
         count as far as they can be expected to be there by chance.
     ``DE direction``
         Share of ``de_genes`` with the right sign of the predicted change; no change is never right.
+    ``DE opposite direction``
+        Share of ``de_genes`` with the opposite sign; no change is never opposite.
+
+    References
+    ----------
+    Roohani et al., GEARS, Nature Biotechnology 42, 927 (2024), for directions.
     """
     index = observed.index if isinstance(observed, pd.DataFrame) else pd.RangeIndex(len(observed), name="condition")
     truth, guess = (np.asarray(values, dtype=np.float64) - control for values in (observed, predicted))
@@ -107,8 +113,10 @@ def de_overlap(
         limit = np.sort(size)[len(size) - len(chosen)]
         above, at = size > limit, size == limit
         inside = above[chosen].sum() + at[chosen].sum() * (len(chosen) - above.sum()) / max(at.sum(), 1)
-        rows.append((inside / len(chosen), np.mean(np.sign(change[chosen]) == np.sign(there[chosen]))))
-    return pd.DataFrame(rows, index=index, columns=["DE overlap", "DE direction"], dtype=float)
+        turns = np.sign(change[chosen]) * np.sign(there[chosen])
+        right = np.sign(change[chosen]) == np.sign(there[chosen])
+        rows.append((inside / len(chosen), np.mean(right), np.mean(turns < 0)))
+    return pd.DataFrame(rows, index=index, columns=["DE overlap", "DE direction", "DE opposite direction"], dtype=float)
 
 
 def e_distance(first: np.ndarray | sparse.spmatrix, second: np.ndarray | sparse.spmatrix) -> float:

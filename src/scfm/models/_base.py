@@ -23,6 +23,7 @@ from ._fields import GENES_KEY, CountsField, GeneField, MatchedNames
 from ._module import FoundationModule
 from ._representations import RepresentationMixin
 from ._saving import SavingMixin
+from ._train_arguments import optimizer_fields, splitting
 from ._training import choose_optimization, fit, seed_or_default, split_cells, trainable
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 # as in scvi-tools
 _MIN_GENE_SHARE = 0.8
+_BATCH_SIZE = 32
 
 
 class FoundationModel(SavingMixin, RepresentationMixin, BaseModelClass):
@@ -242,20 +244,20 @@ class FoundationModel(SavingMixin, RepresentationMixin, BaseModelClass):
     def train(
         self,
         max_epochs: int | None = None,
-        *,
-        max_steps: int | None = None,
         accelerator: str = "auto",
         devices: int | list[int] | str = "auto",
+        train_size: float | None = None,
+        validation_size: float | None = None,
+        *,
+        max_steps: int | None = None,
         strategy: str = "auto",
         precision: str = "32-true",
-        batch_size: int = 32,
-        train_size: float = 0.9,
-        validation_size: float | None = None,
+        batch_size: int | None = _BATCH_SIZE,
         early_stopping: bool = False,
         early_stopping_patience: int = 5,
         lr: float | None = None,
         weight_decay: float | None = None,
-        optimization: Optimization | str | None = None,
+        optimization: Optimization | Mapping[str, Any] | str | None = None,
         objective: Mapping[str, Any] | None = None,
         freeze: Freeze | None = None,
         seed: int | None = None,
@@ -270,24 +272,31 @@ class FoundationModel(SavingMixin, RepresentationMixin, BaseModelClass):
         ----------
         max_epochs
             Passes over the data; by default 10, fewer for more than 20,000 cells.
+        accelerator, devices
+            Where to train, as in :class:`lightning.pytorch.trainer.trainer.Trainer`.
+        train_size, validation_size
+            Shares of the cells to train on, and to compute the validation loss on; by default 0.9 and the rest. Cells
+            in neither are left alone.
         max_steps
             Stop after so many optimiser steps.
-        accelerator, devices, strategy, precision
-            Where and how to train, as in :class:`lightning.pytorch.trainer.trainer.Trainer`.
+        strategy
+            How several devices share the work: ``"ddp"``, which ``"auto"`` also means where there are several.
+        precision
+            ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"``; weights are float32 in all of them.
         batch_size
-            Cells of a forward pass.
-        train_size, validation_size
-            Shares of the cells to train on, and to compute the validation loss on; the second is the rest by default.
-            Cells in neither are left alone.
+            Cells of a forward pass; ``None`` for 32.
         early_stopping, early_stopping_patience
-            Stop when the validation loss has not fallen for so many epochs.
+            Stop when the validation loss has not fallen for so many epochs; ``early_stopping_monitor``,
+            ``early_stopping_mode``, ``early_stopping_min_delta`` and ``early_stopping_warmup_epochs`` are those of
+            :class:`scvi.train.Trainer`.
         lr, weight_decay
             Learning rate (1e-4 by default) and weight decay.
         optimization
-            Optimiser and schedule, or the name of a preset, such as that of the paper's pre-training. By default the
-            paper's optimiser with a constant rate.
+            Optimiser and schedule, the name of a preset, such as that of the paper's pre-training, or fields that change
+            the default (or their ``preset``). By default the paper's optimiser with a constant rate. Random features of
+            Performers stay what they are, unless a preset or ``redraw_every`` says otherwise.
         objective
-            Options of the backbone's objective.
+            Options of the backbone's objective, see the page of the model.
         freeze
             Which weights are left alone: regular expressions for their names, a number of last layers to train beside
             the heads, ``True`` for the embeddings of genes and values, or arguments of :func:`scfm.train.freeze`.
@@ -296,30 +305,36 @@ class FoundationModel(SavingMixin, RepresentationMixin, BaseModelClass):
         log_every_n_steps
             How often the loss of a step is recorded.
         trainer_kwargs
-            Further arguments of :class:`scvi.train.Trainer`, such as ``accumulate_grad_batches``.
+            Further arguments of :class:`scvi.train.Trainer`, such as ``accumulate_grad_batches`` and
+            ``gradient_clip_val``; and ``plan_kwargs`` (``lr``, ``weight_decay``, ``eps``, ``optimizer``),
+            ``shuffle_set_split``, ``datasplitter_kwargs`` and ``trainer_config`` as scvi-tools models take them.
 
         Raises
         ------
         ValueError
-            If shares make no sense, early stopping has nothing to watch, or values are no counts where they are needed.
+            If shares or numbers make no sense, early stopping has nothing to watch, the objective has no such option, or
+            values are no counts where they are needed.
         """
         self._validate_anndata()
         seed = seed_or_default(seed)
-        optimization = choose_optimization(self.backbone, optimization, lr, weight_decay)
+        optimization = choose_optimization(
+            self.backbone, optimization, lr, weight_decay, optimizer_fields(trainer_kwargs)
+        )
+        self.backbone.check_objective(objective or {})
         self._is_training = True
         try:
             fit(
                 self,
                 partial(PretrainingPlan, self.backbone, optimization, objective=objective),
                 trainable(self.backbone, freeze),
-                split_cells(self.adata.n_obs, train_size, validation_size, seed),
+                split_cells(self.adata.n_obs, train_size, validation_size, seed, **splitting(trainer_kwargs)),
                 max_epochs=max_epochs,
                 max_steps=max_steps,
                 accelerator=accelerator,
                 devices=devices,
                 strategy=strategy,
                 precision=precision,
-                batch_size=batch_size,
+                batch_size=_BATCH_SIZE if batch_size is None else batch_size,
                 early_stopping=early_stopping,
                 early_stopping_patience=early_stopping_patience,
                 seed=seed,

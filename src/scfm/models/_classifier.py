@@ -12,7 +12,7 @@ from scvi.data._constants import _FIELD_REGISTRIES_KEY, _SETUP_ARGS_KEY, _STATE_
 from scvi.data.fields import CategoricalObsField
 
 from .. import _logging, engine
-from ..tasks.classifier import LABEL, ClassLearner, class_weights
+from ..tasks.classifier import LABEL, PLAIN_HEADS, ClassLearner, class_weights
 from ._fields import CountsField, GeneField
 from ._label_field import LabelField, label_codes
 from ._splits import divide
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ._training import Freeze
 
 _RECIPE = "recipe"
+_MONITORS = ("loss", "macro F1")
 
 
 class CellTypeClassifier(TaskModel):
@@ -58,6 +59,9 @@ class CellTypeClassifier(TaskModel):
         For ``"mlp"`` of CellFM: hide part of the genes in training and predict them along with the classes, in one forward
         pass, as the authors' PyTorch port does; ``True``, or options of the loss (``mask_ratio``, ``similarity``,
         ``zero_length``, ``down_sampling``). Predictions are made from whole cells.
+    weights
+        Which weights of a checkpoint that holds several; by default those the authors fine-tune, if ``checkpoint`` is the
+        name of a released one (``"gene"`` for scFoundation).
     lora, tokenize, device, seed
         See :class:`scfm.models.TaskModel`.
 
@@ -76,6 +80,7 @@ class CellTypeClassifier(TaskModel):
     """
 
     learner: ClassLearner
+    task = "annotation"
 
     def __init__(
         self,
@@ -88,6 +93,7 @@ class CellTypeClassifier(TaskModel):
         hide: bool | Mapping[str, Any] = False,
         lora: int | Mapping[str, Any] | None = None,
         tokenize: Mapping[str, Any] | None = None,
+        weights: str | None = None,
         device: str = "auto",
         seed: int | None = None,
     ) -> None:
@@ -97,6 +103,7 @@ class CellTypeClassifier(TaskModel):
             checkpoint=checkpoint,
             lora=lora,
             tokenize=tokenize,
+            weights=weights,
             device=device,
             seed=seed,
             head=head,
@@ -191,6 +198,7 @@ class CellTypeClassifier(TaskModel):
         early_stopping: bool = False,
         early_stopping_patience: int = 5,
         keep_best: bool | None = None,
+        monitor: str | None = None,
         lr: float | None = None,
         weight_decay: float | None = None,
         optimization: Optimization | str | None = None,
@@ -222,9 +230,12 @@ class CellTypeClassifier(TaskModel):
             ``"balanced"``, ``"capped"``, weights by class, or ``None``, see
             :func:`scfm.tasks.classifier.class_weights`.
         early_stopping, early_stopping_patience
-            Stop when the loss of held-out cells has not fallen for so many epochs.
+            Stop when ``monitor`` has not become better for so many epochs.
         keep_best
-            Whether the weights of the epoch with the lowest loss of held-out cells count, or the last.
+            Whether the weights of the epoch that is best on held-out cells count, or the last.
+        monitor
+            What best means: ``"loss"``, the lowest loss, or ``"macro F1"``, the highest F1 averaged over classes. By
+            default as in the paper: F1 for scFoundation, else the loss. F1 of few cells of rare classes jumps.
         lr, weight_decay
             Learning rate and weight decay.
         optimization
@@ -243,8 +254,11 @@ class CellTypeClassifier(TaskModel):
         KeyError
             If ``split_by`` or a class of ``class_weights`` does not exist.
         ValueError
-            If fewer than two classes have enough cells, or shares make no sense.
+            If fewer than two classes have enough cells, shares make no sense, or ``monitor`` is unknown.
         """
+        if monitor not in (None, *_MONITORS):
+            msg = f"monitor must be one of {', '.join(map(repr, _MONITORS))}; got {monitor!r}"
+            raise ValueError(msg)
         adata = self._validate_anndata()
         seed = seed_or_default(seed)
         arguments = self.registry_[_SETUP_ARGS_KEY]
@@ -275,6 +289,7 @@ class CellTypeClassifier(TaskModel):
             early_stopping=early_stopping,
             early_stopping_patience=early_stopping_patience,
             keep_best=keep_best,
+            monitor=monitor,
             lr=lr,
             weight_decay=weight_decay,
             optimization=optimization,
@@ -321,7 +336,15 @@ class CellTypeClassifier(TaskModel):
         *,
         soft: bool = False,
         min_confidence: float | None = None,
+        layer: str | None = None,
+        gene_symbols: str | None = None,
+        gene_ids: str | None = None,
+        aliases: Any = None,
         batch_size: int | None = None,
+        tokens_per_batch: int | None = None,
+        block_size: int | None = None,
+        progress: bool | None = None,
+        **tokenize_options: Any,
     ) -> np.ndarray | pd.DataFrame:
         """Predict cell types.
 
@@ -335,8 +358,16 @@ class CellTypeClassifier(TaskModel):
             Return probabilities instead of labels.
         min_confidence
             Cells whose best class has a lower probability get no label.
-        batch_size
-            Most cells in one forward pass.
+        layer
+            Layer with the counts, ``"X"`` for ``adata.X``; by default that of the setup.
+        gene_symbols, gene_ids, aliases
+            Columns of ``var`` with the names of the genes, and a table of other names; by default those of the setup.
+        batch_size, tokens_per_batch, block_size
+            Most cells and tokens in one forward pass, and cells that are read at once.
+        progress
+            Whether to show a progress bar.
+        tokenize_options
+            Options of the model's tokenizer, beside or instead of those it was trained with.
 
         Returns
         -------
@@ -346,25 +377,37 @@ class CellTypeClassifier(TaskModel):
         Raises
         ------
         KeyError
-            If the layer of the setup does not exist.
+            If the layer, or a column, does not exist.
+        TypeError
+            If the model's tokenizer has no such option.
         ValueError
             If no gene is known, or values are not what the model needs.
         """
-        with self._any_cells(adata, indices) as task:
-            result = engine.run(
-                **task.inputs,
-                compute=lambda _, tokens: self.learner.probabilities(tokens),
-                shape=(len(self.classes),),
-                task={"output": "class probabilities"},
+        names = {"gene_symbols": gene_symbols, "gene_ids": gene_ids, "aliases": aliases}
+        with self._any_cells(adata, indices, layer=layer, **names, **tokenize_options) as task:
+            table = self._probabilities(
+                task,
                 batch_size=batch_size,
+                tokens_per_batch=tokens_per_batch,
+                block_size=block_size,
+                progress=progress,
             )
-            names = task.source.obs_names
+        return table if soft else labels_of(table, min_confidence)
+
+    def _probabilities(self, task: engine.Task, **sizes: Any) -> pd.DataFrame:
+        """Probabilities of the classes for all cells of a run."""
+        result = engine.run(
+            **task.inputs,
+            compute=lambda _, tokens: self.learner.probabilities(tokens),
+            shape=(len(self.classes),),
+            task={"output": "class probabilities"},
+            **sizes,
+        )
         if result.n_empty:
             _logging.warning(
                 f"{result.n_empty:,} cells have no expressed gene that {self.backbone.name} knows; they get no label"
             )
-        table = pd.DataFrame(self._only_trained(result.array), index=names, columns=self.classes)
-        return table if soft else labels_of(table, min_confidence)
+        return pd.DataFrame(self._only_trained(result.array), index=task.source.obs_names, columns=self.classes)
 
     def _only_trained(self, probabilities: np.ndarray) -> np.ndarray:
         """Probabilities among the classes that had cells to train on."""
@@ -388,12 +431,13 @@ class CellTypeClassifier(TaskModel):
         }
 
     def _set_task(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        options = {"pooling": state["pooling"], "tokenize": state["tokenize"], "hide": state.get("hide") or False}
+        plain = state["head"] in PLAIN_HEADS
+        options = {"pooling": state["pooling"] if plain else None, "hide": state.get("hide") or False}
         # the head that the network holds is the saved one, so it must not be made anew
         learner = ClassLearner(self.backbone, len(self.classes), None if not tensors else state["head"], **options)
         if tensors:
             learner.head.load_state_dict(tensors)
-        learner.style = state["head"]
+        learner.style, learner.tokenize = state["head"], dict(state["tokenize"])
         self._use(learner)
         if state["trained_classes"] is not None:
             self.trained_classes_ = state["trained_classes"]

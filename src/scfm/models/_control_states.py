@@ -125,6 +125,7 @@ def _key(task: engine.Task, expression: csr_matrix, dtype: str) -> str:
     digest = hashlib.sha256()
     # the weights may have changed since they were loaded, so that the hash of their file is not enough
     output = {"output": "gene states", "dtype": dtype, "module": _hash_weights(task.backbone)}
+    output["unknown genes"] = "own states" if _has_padding(task) else "mean"
     values = fingerprint(task.backbone, task.source, task.match, task.options, output)
     digest.update(json.dumps(values, sort_keys=True).encode())
     for array in (expression.data, expression.indices, expression.indptr):
@@ -155,22 +156,31 @@ def _fill(task: engine.Task, name: str, shape: tuple[int, ...], dtype: str) -> N
     array.flush()
 
 
+def _has_padding(task: engine.Task) -> bool:
+    """Whether genes that the model does not know are tokens, too, and so have states of their own."""
+    return task.options.get("unknown") == "pad" and bool((task.match.ids < 0).any())
+
+
 def _visit(task: engine.Task, put: Callable[[Any, np.ndarray], object], *, progress: bool | None = None) -> None:
     """Hand over the states of all genes in the order of the data, some cells at a time.
 
     A gene without a state of its own (one that the model does not know, or gives none for) has the mean over all genes that the
-    model gives for this cell, as in scLong's code; all of them if there are such genes. Cells without any state have zeros.
+    model gives for this cell, as in scLong's code; all of them if there are such genes. Where unknown genes are tokens with the
+    vector of padding, as in CellFM's code, each has the state of its own token, which depends on its value. Cells without any
+    state have zeros.
     """
     backbone, ids = task.backbone, task.match.ids
     known = np.unique(ids[ids >= 0])
-    complete = bool((ids >= 0).all())
+    padded = _has_padding(task)
+    complete = padded or bool((ids >= 0).all())
     place = torch.full((len(backbone.vocab),), -1)
     place[torch.from_numpy(known)] = torch.arange(len(known))
     columns = np.where(ids >= 0, np.searchsorted(known, ids), 0)
     dim = backbone.gene_state_dim
 
     def compute(model: Backbone, tokens: TokenBatch) -> tuple[int, list[GeneRows]]:
-        return len(tokens), list(model.iter_gene_states(tokens, known if complete else None))
+        wanted = np.append(known, tokens.pad_id) if padded else known
+        return len(tokens), list(model.iter_gene_states(tokens, wanted if complete else None))
 
     def consume(cells: np.ndarray, result: tuple[int, list[GeneRows]]) -> None:
         n_cells, parts = result
@@ -186,7 +196,7 @@ def _visit(task: engine.Task, put: Callable[[Any, np.ndarray], object], *, progr
         mean = (sums / counts.clamp_min(1)).float()
         block = torch.where(there.unsqueeze(-1), block, mean.unsqueeze(1))
         out = block.numpy()[:, columns]
-        out[:, ids < 0] = mean.numpy()[:, None]
+        out[:, ids < 0] = _states_of_padding(parts, place, n_cells) if padded else mean.numpy()[:, None]
         put(cells, out)
 
     per_cell = 4 * max(len(ids), len(known) if complete else len(backbone.vocab)) * dim
@@ -194,3 +204,12 @@ def _visit(task: engine.Task, put: Callable[[Any, np.ndarray], object], *, progr
     n_empty = engine.visit(**task.inputs, compute=compute, consume=consume, batch_size=most, progress=progress)
     if n_empty:
         _logging.warning(f"{n_empty:,} cells have no gene that {backbone.name} knows; their genes have states of zero")
+
+
+def _states_of_padding(parts: list[GeneRows], place: Tensor, n_cells: int) -> np.ndarray:
+    """States of tokens that are no known gene, in the order of the columns, ``(cells, unknown genes, dim)``."""
+    rows, genes = (torch.cat([getattr(part, name).cpu() for part in parts]) for name in ("cells", "genes"))
+    values = torch.cat([part.values.float().cpu() for part in parts])
+    unknown = place[genes] < 0
+    order = torch.argsort(rows[unknown], stable=True)
+    return values[unknown][order].view(n_cells, -1, values.shape[-1]).numpy()

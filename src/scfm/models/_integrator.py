@@ -72,7 +72,9 @@ class BatchIntegrator(TaskModel):
         Cell embedding; by default as the authors make it.
     options
         Options of the loss: for scGPT ``mask_ratio`` (0.4), ``ecs_weight`` (10), ``dar_weight`` (1) and others of
-        ``scfm.backbones.scgpt.finetune.finetune_loss``; for CellFM ``mask_ratio`` (0.5), ``zero_length`` (2048),
+        ``scfm.backbones.scgpt.finetune.finetune_loss``, and of its network, ``ecs_threshold`` (0.8 as in the authors' code;
+        the paper says 0.6), ``input_norm`` (``"dsbn"``, ``"batchnorm"``, ``"none"``) and ``explicit_zeros`` (true); for
+        CellFM ``mask_ratio`` (0.5), ``zero_length`` (2048),
         ``similarity`` (0.8) and others of ``scfm.backbones.cellfm.objective.pretraining_loss``; for ``"adversarial"``
         those of the model's pre-training objective, and ``adversary_weight`` (1).
     tokenize
@@ -105,6 +107,7 @@ class BatchIntegrator(TaskModel):
     """
 
     learner: IntegrationLearner
+    task = "integration"
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from scvi import REGISTRY_KEYS
 from scvi.data.fields import BaseAnnDataField
 
 from .. import _logging
+from .._label_names import label_names
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -104,7 +105,7 @@ class LabelField(BaseAnnDataField):
 
 
 def label_column(adata: AnnData, column: str) -> pd.Series:
-    """A column of ``obs`` as text, missing where it is.
+    """A column of ``obs`` as text, missing where it is; whole numbers have no decimal places.
 
     Raises
     ------
@@ -112,9 +113,11 @@ def label_column(adata: AnnData, column: str) -> pd.Series:
         If the column does not exist.
     """
     if column not in adata.obs:
-        msg = f"obs has no column {column!r}; there are {', '.join(map(str, adata.obs.columns)) or 'none'}"
+        # those of scvi-tools are none of the user's
+        own = [name for name in map(str, adata.obs.columns) if not name.startswith("_scvi")]
+        msg = f"obs has no column {column!r}; there are {', '.join(own) or 'none'}"
         raise KeyError(msg)
-    return adata.obs[column].astype(object).map(str, na_action="ignore")
+    return label_names(adata.obs[column])
 
 
 def label_codes(adata: AnnData, column: str, classes: np.ndarray) -> np.ndarray:

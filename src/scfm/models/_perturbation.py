@@ -37,8 +37,10 @@ from ._perturbation_data import (
     parts_of_cells,
     require_setup,
     settled_split,
+    symbol_column,
 )
 from ._perturbation_network import (
+    check_loss,
     choose_route,
     fit_options,
     gears_learner,
@@ -92,7 +94,8 @@ class GeneticPerturbation(PerturbationPredictions, PerturbationSaving, BaseModel
         ``"gears"`` or ``"scgpt"``; by default the second for models that have it.
     split
         Which perturbations to train on, from :func:`scfm.tasks.perturbation_data.split_perturbations`, or a mapping with
-        ``"train"``, ``"validation"`` and ``"test"``. By default ``"simulation"`` of that function, with ``seed``.
+        ``"train"``, ``"validation"`` and ``"test"``. By default ``"simulation"`` of that function, with ``seed``, for the labels of
+        the file (published splits have the seed 1).
     go
         What is known about genes, for GEARS: a table with the columns ``gene`` (or ``symbol``) and ``term`` (or ``go_id``), one
         of pairs with ``source``, ``target`` and ``importance``, a mapping of genes to terms, or a file with one of these. Genes
@@ -101,7 +104,8 @@ class GeneticPerturbation(PerturbationPredictions, PerturbationSaving, BaseModel
         Genes that can be perturbed, besides those of the data. By default all genes of ``go`` for GEARS, and all measured ones
         for networks that mark the perturbed gene.
     network
-        Form of the network where it is not that of the authors: fields of :class:`scfm.tasks.gears_network.GearsConfig`, or
+        Form of the network where it is not that of the authors: fields of :class:`scfm.tasks.gears_network.GearsConfig` but
+        numbers of genes and perturbations, or
         options of :meth:`scfm.Backbone.perturbing` (``decoder="affine"`` or ``"mlp"``, ``activation``, ``adaptive``, ``mvc``,
         ``input_bins``, ``dropout``).
     most_genes, always_include_perturbed
@@ -132,7 +136,10 @@ class GeneticPerturbation(PerturbationPredictions, PerturbationSaving, BaseModel
     Raises
     ------
     ValueError
-        If the data are not prepared, the route or the split makes no sense, or no gene is known to the model.
+        If the data are not prepared, the route or the split makes no sense, the default split leaves nothing to train on, or no
+        gene is known to the model.
+    TypeError
+        If ``split`` or ``network`` has parts that do not exist.
     UnsupportedError
         If the model has neither states of genes nor a network for perturbations.
 
@@ -196,7 +203,7 @@ class GeneticPerturbation(PerturbationPredictions, PerturbationSaving, BaseModel
         self._rule, self._cache = ExpressionRule.of(self.adata), {**CACHE, "folder": cache_dir}
         self._cache |= {"dtype": cache_dtype, "max_gib": float(max_cache_gib)}
         conditions = set(labels_of(self.adata))
-        self.split = settled_split(split, conditions, seed)
+        self.split = settled_split(split, self.adata, seed)
         genes = {
             "measured": [str(gene) for gene in self.genes],
             "seen": genes_in({*conditions, *self.split.train, *self.split.validation, *self.split.test}),
@@ -252,7 +259,9 @@ class GeneticPerturbation(PerturbationPredictions, PerturbationSaving, BaseModel
         ----------
         adata
             The data. Which layer is used, and where the counts of a cell are found, was said there.
-        gene_symbols, gene_ids, aliases
+        gene_symbols
+            Column of ``var`` with gene symbols; by default the one that :func:`scfm.pp.perturbation_setup` used.
+        gene_ids, aliases
             As in :meth:`FoundationModel.setup_anndata`.
         kwargs
             What scvi-tools passes on when a setup is transferred.
@@ -264,8 +273,10 @@ class GeneticPerturbation(PerturbationPredictions, PerturbationSaving, BaseModel
         ValueError
             If the data are not prepared, ``adata`` is a view, or values are missing or infinite.
         """
-        setup_method_args = cls._get_setup_method_args(**locals())
         require_setup(adata)
+        if gene_symbols is None:
+            gene_symbols = symbol_column(adata)
+        setup_method_args = cls._get_setup_method_args(**locals())
         manager = AnnDataManager(
             fields=[
                 ExpressionField(REGISTRY_KEYS.X_KEY, ExpressionRule.of(adata).layer or None),
@@ -356,7 +367,8 @@ class GeneticPerturbation(PerturbationPredictions, PerturbationSaving, BaseModel
         monitor
             Score of the perturbations in ``split.validation`` by which the best epoch is chosen:
             ``"MSE"``, ``"Pearson"``, ``"Pearson delta"``, the same over the 20 most changed genes (``"DE MSE"``, ``"DE Pearson
-            delta"``), or ``"loss"``. By default ``"DE MSE"`` for GEARS and ``"Pearson"`` for scGPT.
+            delta"``, over the perturbations for which such genes are known), or ``"loss"``. By default ``"DE MSE"`` for GEARS and
+            ``"Pearson"`` for scGPT.
         keep_best
             Whether the weights of that epoch count, or the last.
         early_stopping_patience
@@ -371,18 +383,27 @@ class GeneticPerturbation(PerturbationPredictions, PerturbationSaving, BaseModel
         Raises
         ------
         ValueError
-            If a number makes no sense, no cells are there to train on, or the loss is no longer finite.
+            If a number makes no sense, no cells are there to train on, cells were reordered since the setup, or the loss is no
+            longer finite.
+        TypeError
+            If ``loss`` has an option that does not exist.
         """
         if self.adata is None:
             msg = "the model was loaded without data; load it with adata="
             raise ValueError(msg)
         self._validate_anndata(self.adata)
         seed = self.init_params_["non_kwargs"]["seed"] if seed is None else int(seed)
-        de_genes = de_positions(self.adata, self.genes) or None
+        if loss and self.route != "gears":
+            msg = "loss= has options of GEARS; the loss of this network has none"
+            raise ValueError(msg)
+        check_loss(loss or {})
+        parts = parts_of_cells(self.adata, self.split)
+        train, held_out = np.flatnonzero(parts == "train"), np.flatnonzero(parts == "validation")
+        de_genes = de_positions(self.adata, self.genes)
         options = fit_options(
             self.recipe,
             self.route,
-            has_de_genes=de_genes is not None,
+            has_de_genes=bool(set(de_genes) & set(labels_of(self.adata)[held_out]) if len(held_out) else de_genes),
             optimization=optimization,
             lr=lr,
             weight_decay=weight_decay,
@@ -395,12 +416,7 @@ class GeneticPerturbation(PerturbationPredictions, PerturbationSaving, BaseModel
             keep_best=keep_best,
             seed=seed,
         )
-        if loss and self.route != "gears":
-            msg = "loss= has options of GEARS; the loss of this network has none"
-            raise ValueError(msg)
         pairs, totals = self._pairs()
-        parts = parts_of_cells(self.adata, self.split)
-        train, held_out = np.flatnonzero(parts == "train"), np.flatnonzero(parts == "validation")
         if not pairs.codes[train].any():
             msg = "no cell of the data has a perturbation of split.train, so that there is nothing to learn from"
             raise ValueError(msg)
@@ -431,7 +447,7 @@ class GeneticPerturbation(PerturbationPredictions, PerturbationSaving, BaseModel
         train: np.ndarray,
         held_out: np.ndarray,
         options: FitOptions,
-        de_genes: dict[str, np.ndarray] | None,
+        de_genes: dict[str, np.ndarray],
         show: bool,
     ) -> list[dict[str, float]]:
         self.module.requires_grad_(True)

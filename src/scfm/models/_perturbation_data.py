@@ -13,7 +13,17 @@ from scipy import sparse
 from .. import _keys, _logging
 from .._counts import CountStats
 from ..data import open_source
-from ..tasks.perturbation_data import CONTROL, PerturbationSplit, genes_of, split_perturbations
+from ..genes import resolve_gene_names
+from ..tasks.perturbation_data import (
+    CONTROL,
+    SEPARATOR,
+    SEPARATORS,
+    PerturbationSplit,
+    canonical,
+    genes_of,
+    parse_perturbation,
+    split_perturbations,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -98,15 +108,38 @@ class ExpressionRule:
         return values.astype(np.float32).tocsr(), totals
 
 
-def settled_split(split: Any, conditions: Iterable[str], seed: int) -> PerturbationSplit:
+def default_split(adata: AnnData, seed: int) -> PerturbationSplit:
+    """The split of GEARS, drawn from the labels of the file: the order of genes inside a label decides what is drawn.
+
+    Parameters
+    ----------
+    adata
+        Data that :func:`scfm.pp.perturbation_setup` has prepared.
+    seed
+        Seed of the split.
+    """
+    record = adata.uns[_keys.PERTURBATION]
+    controls, marks = stored_controls(adata), record["params"].get("separators")
+    marks = SEPARATORS if marks is None else tuple(map(str, marks))
+    there = sorted(set(labels_of(adata)) - {CONTROL})
+    known = frozenset(genes_in(there))
+    labels = dict(zip(record["labels"]["perturbation"].astype(str), record["labels"]["label"].astype(str), strict=True))
+    spelled = []
+    for name in there:
+        genes = parse_perturbation(labels.get(name, name), controls, marks, known=known)
+        spelled.append(SEPARATOR.join(genes) if canonical(genes) == name else name)
+    return split_perturbations(spelled, seed=seed, control=controls, known=known)
+
+
+def settled_split(split: Any, adata: AnnData, seed: int) -> PerturbationSplit:
     """A split in one form, or the default one; what the data lack of it is said.
 
     Parameters
     ----------
     split
         A split, a mapping with ``"train"``, ``"validation"`` and ``"test"``, or ``None``.
-    conditions
-        Canonical names that the data have.
+    adata
+        Data that :func:`scfm.pp.perturbation_setup` has prepared.
     seed
         Seed of the default split.
 
@@ -117,14 +150,21 @@ def settled_split(split: Any, conditions: Iterable[str], seed: int) -> Perturbat
     ValueError
         If there is nothing to train on, or a perturbation is in two parts.
     """
-    there = {str(name) for name in conditions} - {CONTROL}
+    there = set(labels_of(adata)) - {CONTROL}
     if split is None:
-        split = split_perturbations(sorted(there), seed=seed)
+        split = default_split(adata, seed)
+        if not split.train:
+            msg = (
+                f"the default split left nothing to train on, because the data have few perturbations "
+                f"({', '.join(sorted(there)[:_SHOWN])}); name those to train on with split=, such as split={{'train': {sorted(there)[:1]}}}"
+            )
+            raise ValueError(msg)
     elif isinstance(split, Mapping):
         if unknown := set(split) - set(_PARTS):
             msg = f"split= has the parts {', '.join(_PARTS)}; got {', '.join(map(repr, sorted(unknown)))}"
             raise TypeError(msg)
-        split = PerturbationSplit.from_lists(**{name: split[name] for name in split})
+        known = {*genes_in(there), *gene_symbols_of(adata)}
+        split = PerturbationSplit.from_lists(**split, control=stored_controls(adata), known=known)
     elif not isinstance(split, PerturbationSplit):
         msg = f"split= needs what scfm.tasks.perturbation_data.split_perturbations gives, not {type(split).__name__}"
         raise TypeError(msg)
@@ -150,6 +190,29 @@ def labels_of(adata: AnnData) -> np.ndarray:
     return adata.obs[_keys.PERTURBATION_OF_CELL].astype(str).to_numpy(dtype=object)
 
 
+def symbol_column(adata: AnnData) -> str | None:
+    """Column of ``var`` with the symbols that the setup used; ``None`` where that was the index, or is not there."""
+    column = adata.uns.get(_keys.PERTURBATION, {}).get("params", {}).get("gene_symbols")
+    return str(column) if column in adata.var else None
+
+
+def gene_symbols_of(adata: AnnData) -> np.ndarray:
+    """Names by which genes are perturbed: the symbols that the setup used, which need not be ``var_names``.
+
+    Parameters
+    ----------
+    adata
+        The data, or control cells from elsewhere.
+    """
+    return resolve_gene_names(adata.var, symbol_column(adata)).symbols
+
+
+def stored_controls(adata: AnnData) -> list[str] | None:
+    """Names of control that the setup was given; ``None`` for the usual ones."""
+    controls = adata.uns[_keys.PERTURBATION]["params"].get("controls")
+    return None if controls is None else [str(name) for name in np.atleast_1d(controls)]
+
+
 def genes_in(names: Iterable[str]) -> list[str]:
     """Genes that occur in perturbations, sorted."""
     return sorted({gene for name in names for gene in genes_of(name)})
@@ -167,11 +230,21 @@ def require_setup(adata: AnnData) -> None:
 
 
 def de_positions(adata: AnnData, genes: np.ndarray) -> dict[str, np.ndarray]:
-    """Positions of the most changed genes of each perturbation, as the setup found them."""
+    """Positions of the most changed genes of each perturbation, as the setup found them.
+
+    Parameters
+    ----------
+    adata
+        The data; the setup names genes as ``var_names`` do.
+    genes
+        Symbols of the genes, in the order of the data, for data whose index has changed to these since.
+    """
     table = adata.uns[_keys.PERTURBATION].get("de_genes")
     if not isinstance(table, pd.DataFrame) or table.empty:
         return {}
-    place = pd.Index(genes).get_indexer(table["gene"].astype(str))
+    names, symbols = adata.var_names.astype(str), pd.Index(np.asarray(genes).astype(str))
+    known = names.isin(table["gene"].astype(str)).any() and names.is_unique
+    place = (names if known else symbols).get_indexer(table["gene"].astype(str))
     kept = place >= 0
     return (
         pd.Series(place[kept]).groupby(table["perturbation"].astype(str).to_numpy()[kept]).apply(np.asarray).to_dict()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import torch
 
 from .. import _logging
 from .._errors import UnsupportedError
-from ..tasks.gears import annotated_genes, annotation_table, go_graph
+from ..tasks.gears import annotated_genes, annotation_table, gears_loss, go_graph
 from ..tasks.gears_network import GearsConfig, Graph, fresh_network
 from ..tasks.perturbation_fit import MONITORS, FitOptions
 from ..tasks.perturbation_learners import GearsLearner, GeneratorLearner
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from ..genes import GeneMatch
 
 _SHOWN = 10
+# fields of GearsConfig that follow from the data
+_OF_DATA = ("n_genes", "n_perturbations")
 # GEARS itself, and GEARS on states of models whose authors have not tried it
 _ALONE = {"hidden": 128, "positions": "table"}
 _ON_STATES = {"hidden": 128, "entry": "mlp", "entry_hidden": 256, "positions": "none"}
@@ -99,6 +102,18 @@ def choose_route(route: str | None, backbone: Backbone | None) -> str:
     return route
 
 
+def check_loss(loss: Mapping[str, Any]) -> None:
+    """Raise ``TypeError`` if the loss of GEARS has no such options."""
+    parameters = inspect.signature(gears_loss).parameters.values()
+    _check_names("loss", loss, [one.name for one in parameters if one.kind is one.KEYWORD_ONLY])
+
+
+def _check_names(argument: str, given: Mapping[str, Any], accepted: Sequence[str]) -> None:
+    if unknown := [str(name) for name in given if name not in accepted]:
+        msg = f"{argument}= has no option {', '.join(map(repr, unknown))}; there are {', '.join(accepted)}"
+        raise TypeError(msg)
+
+
 def gears_learner(
     backbone: Backbone | None,
     measured: Sequence[str],
@@ -128,7 +143,15 @@ def gears_learner(
         Makes the graph of co-expression, if it is needed.
     first_cell_only, seed
         As in :class:`scfm.models.GeneticPerturbation`.
+
+    Raises
+    ------
+    TypeError
+        If ``form`` has a field that does not exist, or one that follows from the data.
+    ValueError
+        If states are asked for without a model.
     """
+    _check_names("network", form, [name for name in inspect.signature(GearsConfig).parameters if name not in _OF_DATA])
     usual = _ALONE if backbone is None else dict(backbone.fine_tuning("gears").objective) or _ON_STATES
     form = dict(usual) | ({} if backbone is None else {"states": backbone.gene_state_dim}) | dict(form)
     if backbone is None and form.get("states"):
@@ -176,8 +199,18 @@ def generator_learner(
         Says what genes are to the model.
     most_genes, always_include_perturbed
         As in :class:`GeneratorLearner`.
+
+    Raises
+    ------
+    TypeError
+        If the model's networks for perturbations have no option of ``form``.
+    ValueError
+        If the network is one for perturbations already and ``form`` is given, or no gene is known to it.
     """
     if not backbone.perturbs_already:
+        parameters = inspect.signature(backbone._perturbing).parameters.values()
+        if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+            _check_names("network", form, [one.name for one in parameters if one.name != "seed"])
         backbone = backbone.perturbing(seed=seed, **form)
     elif form:
         msg = f"{backbone.name} is a network for perturbations already; leave network= out"
@@ -255,7 +288,9 @@ def fit_options(
     if monitor is None:
         monitor = recipe.monitor if published and recipe.monitor in set(MONITORS) - {"loss"} else "DE MSE"
     if monitor.startswith("DE ") and not has_de_genes:
-        _logging.warning(f"the data name no changed genes for {monitor!r}; {monitor.removeprefix('DE ')!r} is used")
+        _logging.warning(
+            f"no held-out perturbation has changed genes for {monitor!r}; {monitor.removeprefix('DE ')!r} is used"
+        )
         monitor = monitor.removeprefix("DE ")
     usual |= {name: value for name, value in given.items() if value is not None}
     return FitOptions(optimization, monitor=monitor, patience=patience, **usual)

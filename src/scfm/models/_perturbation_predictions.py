@@ -11,7 +11,8 @@ from anndata import AnnData
 from scvi.data._constants import _SETUP_ARGS_KEY
 
 from .. import _logging
-from ..tasks.perturbation_data import CONTROL, canonical
+from ..genes import resolve_gene_names
+from ..tasks.perturbation_data import CONTROL, canonical_of
 from ..tasks.perturbation_learners import GearsLearner
 from ._control_states import states_in_memory
 from ._perturbation_data import genes_in, labels_of
@@ -43,7 +44,8 @@ class PerturbationPredictions:
         Parameters
         ----------
         perturbations
-            Genes to perturb, several of one perturbation joined by ``+``.
+            Genes to perturb, several of one perturbation joined by ``+``, or in another usual spelling. A name that is given twice
+            is predicted once.
         control
             Control cells; by default those of the data. All genes of the model have to be there, in any order.
         batch_size
@@ -61,7 +63,7 @@ class PerturbationPredictions:
         ValueError
             If a gene cannot be perturbed, or genes of the model are missing.
         """
-        names = [perturbations] if isinstance(perturbations, str) else [str(name) for name in perturbations]
+        names = [perturbations] if isinstance(perturbations, str) else list(dict.fromkeys(map(str, perturbations)))
         members = self._usable_members(names)
         control = self._controls() if control is None else control
         expression, totals, columns = self._control_expression(control)
@@ -139,7 +141,8 @@ class PerturbationPredictions:
         ValueError
             If one of them cannot be perturbed.
         """
-        wanted = [canonical(name) for name in names]
+        known = frozenset(map(str, self._perturbed.names))
+        wanted = [canonical_of(name, known) for name in names]
         genes = genes_in(wanted)
         at = self._perturbed.numbers(genes)
         able = (at >= 0) & self._perturbed.usable[at]
@@ -166,9 +169,12 @@ class PerturbationPredictions:
             raise TypeError(msg)
         arguments = self.registry_[_SETUP_ARGS_KEY]
         symbols = arguments["gene_symbols"]
-        names = control.var.get(symbols, control.var_names)
-        names = pd.Index(np.asarray(names).astype(str))
         wanted = self.genes.astype(str)
+        names = pd.Index(
+            resolve_gene_names(control.var, symbols if symbols in control.var else None).symbols.astype(str)
+        )
+        if set(wanted) <= set(control.var_names):
+            names = control.var_names.astype(str)
         columns = names.get_indexer(wanted) if names.is_unique else np.full(len(wanted), -1)
         if (columns < 0).any() or len(names) != len(wanted):
             missing = wanted[columns < 0]

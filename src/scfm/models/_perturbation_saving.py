@@ -16,6 +16,7 @@ from ._saving import _device, _place
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Sequence
     from pathlib import Path
     from typing import Self
 
@@ -67,6 +68,7 @@ class PerturbationSaving:
             },
             "rule": vars(self._rule),
             "backbone": None if self.backbone is None else self.backbone.provenance.id,
+            "backbone_sha256": [] if self.backbone is None else sorted(_digests(self.backbone)),
         }
         if isinstance(self.module, GearsLearner):
             state["network"] = vars(self.module.network.config)
@@ -111,20 +113,26 @@ class PerturbationSaving:
         accelerator, device, prefix
             As in :meth:`FoundationModel.load`.
         model
-            The foundation model, where it was not saved.
+            The foundation model, where it was not saved: the one that the network was trained on. With ``route="scgpt"`` it always was.
 
         Raises
         ------
         CheckpointError
             If a file is damaged or missing.
         ValueError
-            If it is a model of another class, the data have other genes, or the foundation model is missing.
+            If it is a model of another class, the data have other genes, or the foundation model is missing, another one, or
+            given where it was trained and saved.
         """
         loaded, state, tensors = open_model(cls, dir_path, adata, prefix)
         where = _device(accelerator, device)
         backbone = None
+        if model is not None and loaded.init_params_["non_kwargs"]["route"] != "gears":
+            msg = "the foundation model was trained and saved with this model; leave model= out"
+            raise ValueError(msg)
         if state["backbone"] is not None:
             backbone = _saved_backbone(_place(dir_path, prefix) / BACKBONE, model, state["backbone"], where)
+            if model is not None:
+                _check_same(backbone, state["backbone"], state.get("backbone_sha256", ()))
         loaded.split, loaded._rule = PerturbationSplit(**state["split"]), ExpressionRule(**state["rule"])
         loaded._cache = dict(CACHE)
         perturbed = state["perturbed"]
@@ -159,3 +167,23 @@ def _saved_backbone(folder: Path, model: File | Backbone | None, name: str, devi
         msg = f"the foundation model {name} was not saved with this model; give it with model="
         raise ValueError(msg)
     return load(folder if model is None else model, device=device, precision="float32")
+
+
+def _digests(backbone: Backbone) -> set[str]:
+    """Hashes of the file that weights were read from, and of the one that it was made from."""
+    made_from = backbone.provenance.extra.get("source", {})
+    return {str(digest) for digest in (backbone.provenance.sha256, made_from.get("sha256")) if digest}
+
+
+def _check_same(backbone: Backbone, name: str, digests: Sequence[str]) -> None:
+    """Raise ``ValueError`` unless a foundation model is the one that the network was trained on."""
+    there, given = set(map(str, digests)), _digests(backbone)
+    if there and given:
+        same = bool(there & given)
+    else:
+        source = backbone.provenance.extra.get("source", {}).get("id")
+        same = name in {backbone.provenance.id, source}
+    if not same:
+        shown = "another file of it" if backbone.provenance.id == name else backbone.provenance.id
+        msg = f"the network was trained on the foundation model {name}, not on {shown}; give that one with model="
+        raise ValueError(msg)

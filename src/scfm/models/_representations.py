@@ -201,9 +201,9 @@ class RepresentationMixin:
             rows = np.arange(source.n_obs)[selection(indices)]
             source = source if indices is None else source.select(rows)
             if self._uses_batches and "batch_labels" not in options:
-                options["batch_labels"] = (
-                    manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel()[rows].astype(np.int64)
-                )
+                codes = manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel()[rows].astype(np.int64)
+                self._check_batches(codes)
+                options["batch_labels"] = codes
             engine.check_options(self.backbone, options, source.n_obs)
             yield engine.Task(self.backbone, source, match, options)
 
@@ -212,6 +212,16 @@ class RepresentationMixin:
         """Whether the network has an input for the batch of a cell."""
         takes = "batch_labels" in engine.accepted_options(self.backbone)
         return takes and bool(getattr(self.backbone.config, "n_batches", 0))
+
+    def _check_batches(self, codes: np.ndarray) -> None:
+        """Raise unless the network has an input for each batch of the data."""
+        n_batches, n_known = int(codes.max(initial=-1)) + 1, self.backbone.config.n_batches
+        if n_batches > n_known:
+            msg = (
+                f"the data have {n_batches} batches and the network was made for {n_known}; make it with "
+                f"n_batches={n_batches}, or set the data up with a batch_key of so many batches"
+            )
+            raise ValueError(msg)
 
 
 def selection(indices: Sequence[int] | Sequence[bool] | None) -> np.ndarray | slice:

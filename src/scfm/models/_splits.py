@@ -46,6 +46,37 @@ def split_by_group(groups: np.ndarray, validation_share: float, seed: int) -> tu
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
+def held_out_within(groups: np.ndarray, labels: np.ndarray, test_share: float = 0.3, seed: int = 0) -> np.ndarray:
+    """Which cells are tested on if each batch is divided by itself, as CellFM has it within a data set.
+
+    Of the cells of each group and label, the share, rounded up, is drawn at random.
+
+    Parameters
+    ----------
+    groups, labels
+        Batch and cell type of each cell, shape ``(cells,)``.
+    test_share
+        Share to test on.
+    seed
+        Seed of the choice.
+
+    Returns
+    -------
+    True for the cells to test on, shape ``(cells,)``.
+    """
+    rng = np.random.default_rng(seed)
+    _, codes = np.unique(np.stack([groups, labels]).astype(str), axis=1, return_inverse=True)
+    order = rng.permutation(len(codes))
+    order = order[np.argsort(codes[order], kind="stable")]
+    sizes = np.bincount(codes)
+    place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    # a share such as 0.3 is a little more than it says
+    wanted = np.ceil(np.round(test_share * sizes, 9))
+    chosen = np.zeros(len(codes), dtype=bool)
+    chosen[order] = place < np.repeat(wanted, sizes)
+    return chosen
+
+
 def divide(
     adata: AnnData,
     candidates: np.ndarray,

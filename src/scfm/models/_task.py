@@ -13,6 +13,7 @@ from scvi.data._constants import _SETUP_ARGS_KEY
 
 from .. import engine
 from ..backbones import Backbone, load
+from ..backbones._task_weights import tell_other_weights, weights_for
 from ..data import open_source
 from ..genes import resolve_gene_names
 from ..nn.low_rank import adapted_layers
@@ -61,7 +62,10 @@ class TaskModel(FoundationModel):
         Rank of low-rank adapters (:func:`scfm.train.add_lora`), beside which only the head is trained, or arguments for
         them as a mapping.
     tokenize
-        Options of the model's tokenizer; by default as its authors fine-tune.
+        Options of the model's tokenizer, beside or instead of those with which its authors fine-tune.
+    weights
+        Which weights of a checkpoint that holds several; by default those the authors take for the task, if
+        ``checkpoint`` is the name of a released one.
     device
         Where to compute, until training chooses another place.
     seed
@@ -80,6 +84,8 @@ class TaskModel(FoundationModel):
     """
 
     kind: ClassVar[str] = ""
+    # what the model is trained for, as backbones call it in their task_weights
+    task: ClassVar[str] = ""
     learner: Learner
 
     def __init__(
@@ -90,6 +96,7 @@ class TaskModel(FoundationModel):
         checkpoint: File | Backbone = "scgpt",
         lora: int | Mapping[str, Any] | None = None,
         tokenize: Mapping[str, Any] | None = None,
+        weights: str | None = None,
         device: str = "auto",
         seed: int | None = None,
         **head: Any,
@@ -97,9 +104,15 @@ class TaskModel(FoundationModel):
         def make(_: dict[str, Any]) -> Backbone:
             if isinstance(checkpoint, Backbone):
                 return own_copy(checkpoint, device=device)
-            return load(checkpoint, device=device, precision="float32")
+            chosen = weights_for(checkpoint, self.task) if weights is None else weights
+            return load(checkpoint, device=device, precision="float32", weights=chosen)
 
+        if isinstance(checkpoint, Backbone) and weights is not None:
+            msg = "weights= chooses what is loaded; the model given is loaded already (use scfm.load(..., weights=...))"
+            raise ValueError(msg)
         self._start(adata, registry, make)
+        if weights is None:
+            tell_other_weights(self.backbone, self.task, f"fine-tune for {self.task}")
         seed = seed_or_default(seed)
         self._use(self._make_learner(self.backbone, seed=seed, tokenize=tokenize, **head))
         if lora is not None:
@@ -138,6 +151,8 @@ class TaskModel(FoundationModel):
         optimization: Optimization | str | None,
         keep_best: bool | None,
         seed: int,
+        precision: str,
+        monitor: str | None = None,
         **options: Any,
     ) -> None:
         recipe = self.recipe
@@ -145,6 +160,8 @@ class TaskModel(FoundationModel):
             optimization = {"preset": optimization}
         if not isinstance(optimization, Optimization):
             values = dict(recipe.optimization if optimization is None else optimization)
+            if optimization is None and str(precision).endswith("-mixed"):
+                values |= recipe.mixed_optimization
             values |= {
                 name: value
                 for name, value in (("learning_rate", lr), ("weight_decay", weight_decay))
@@ -167,7 +184,8 @@ class TaskModel(FoundationModel):
                 max_epochs=max_epochs,
                 max_steps=max_steps,
                 keep_best=recipe.keep == "best" if keep_best is None else keep_best,
-                monitor=recipe.monitor,
+                monitor=recipe.monitor if monitor is None else monitor,
+                precision=precision,
                 tokenize=self.learner.tokenize,
                 seed=seed,
                 **options,
@@ -180,22 +198,48 @@ class TaskModel(FoundationModel):
 
     @contextmanager
     def _any_cells(
-        self, adata: AnnData | File | None, indices: Sequence[int] | Sequence[bool] | None = None, **options: Any
+        self,
+        adata: AnnData | File | None,
+        indices: Sequence[int] | Sequence[bool] | None = None,
+        *,
+        layer: str | None = None,
+        gene_symbols: str | None = None,
+        gene_ids: str | None = None,
+        aliases: Any = None,
+        **options: Any,
     ) -> Iterator[engine.Task]:
-        """Cells of any data with genes that the model knows, for the engine."""
+        """Cells of any data with genes that the model knows, for the engine.
+
+        Parameters
+        ----------
+        adata
+            The data, or the path of a file.
+        indices
+            Numbers of cells, or a mask.
+        layer, gene_symbols, gene_ids, aliases
+            Where these data differ from those of the setup; ``layer="X"`` stands for ``X``.
+        options
+            Options of the tokenizer.
+        """
         adata = self.adata if adata is None else adata
         if adata is None:
             msg = "the model was loaded without data; give adata="
             raise ValueError(msg)
         arguments = self.registry_[_SETUP_ARGS_KEY]
-        layer = arguments["layer"]
-        if layer is not None and layer not in getattr(adata, "layers", {layer}):
-            msg = f"the model was set up with the counts in layers[{layer!r}], which the data do not have"
+        set_up, layer = layer is None, arguments["layer"] if layer is None else layer
+        layers = getattr(adata, "layers", None)
+        if layer == "X" and not set_up and "X" not in (layers if layers is not None else ()):
+            layer = None
+        if set_up and layer is not None and layers is not None and layer not in layers:
+            msg = (
+                f"the model was set up with the counts in layers[{layer!r}], which the data do not have; name theirs with "
+                "layer=, 'X' for adata.X"
+            )
             raise KeyError(msg)
         with open_source(adata, layer=layer) as source:
             columns = [
-                column if column is None or column in source.var else None
-                for column in (arguments["gene_symbols"], arguments["gene_ids"])
+                given or (column if column is None or column in source.var else None)
+                for given, column in ((gene_symbols, arguments["gene_symbols"]), (gene_ids, arguments["gene_ids"]))
             ]
             names = resolve_gene_names(source.var, *columns)
             state = {
@@ -203,7 +247,7 @@ class TaskModel(FoundationModel):
                 GeneField.ENSEMBL_IDS: names.ensembl_ids,
                 GeneField.MATCHED: dict(self._matched),
             }
-            match = align(self.backbone.vocab, state, arguments["aliases"])
+            match = align(self.backbone.vocab, state, arguments["aliases"] if aliases is None else aliases)
             match.require_any(self.backbone.name)
             rows = np.arange(source.n_obs)
             if indices is not None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import warnings
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 import scvi
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from scvi.model._utils import get_max_epochs_heuristic, parse_device_args
 from scvi.train import Trainer
 from scvi.train._logger import SimpleLogger
@@ -24,7 +26,9 @@ from ..train._freeze import freeze as freeze_weights
 from ..train._freeze import set_training_mode
 from ..train._plan import default_optimization
 from ..train._presets import Optimization, preset
+from ..train._trainer import choose_precision, choose_strategy
 from ._batches import CellBatches
+from ._train_arguments import positive, stopping_callbacks, take_callbacks, take_clipping, trainer_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +42,10 @@ if TYPE_CHECKING:
     Freeze = bool | int | str | Sequence[str] | Mapping[str, Any]
 
 LEARNING_RATE = 1e-4
+# what is better when it is higher; of everything else about held-out cells the lowest is best
+_MAXIMISED = ("macro F1",)
 _MOST_EPOCHS = 10
+_TRAIN_SIZE = 0.9
 
 
 class History(SimpleLogger):
@@ -50,16 +57,22 @@ class History(SimpleLogger):
 
 
 class StepLoss(Callback):
-    """Records the training loss of a step now and then."""
+    """Records the training loss of a step, the mean over its micro-batches, now and then."""
 
     def __init__(self, every: int) -> None:
-        self.every = every
+        self.every, self.step, self.losses = every, 0, []
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Record the loss after an optimiser step."""
+        if outputs is not None and "loss" in outputs["parts"]:
+            self.losses.append(outputs["parts"]["loss"])
         step = trainer.global_step
-        if outputs is not None and step and (step - 1) % self.every == 0 and trainer.logger is not None:
-            trainer.logger.log_metrics({"train_loss_step": float(outputs["loss"].detach()), "step": step}, step)
+        if step == self.step:
+            return
+        if self.losses and (step - 1) % self.every == 0 and trainer.logger is not None:
+            loss = float(torch.stack(self.losses).mean())
+            trainer.logger.log_metrics({"train_loss_step": loss, "step": step}, step)
+        self.step, self.losses = step, []
 
 
 def _name(name: str) -> str:
@@ -71,44 +84,66 @@ def _name(name: str) -> str:
 
 
 def split_cells(
-    n_obs: int, train_size: float, validation_size: float | None, seed: int
+    n_obs: int, train_size: float | None, validation_size: float | None, seed: int, *, shuffle: bool = True
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Numbers of the cells to train on, to validate on, and to leave alone, each in ascending order.
+
+    Parameters
+    ----------
+    n_obs
+        Number of cells.
+    train_size, validation_size
+        Shares; by default 0.9 and the rest.
+    seed
+        Seed of the division.
+    shuffle
+        Whether cells are chosen at random; else the first are to validate on, the next to train on.
 
     Raises
     ------
     ValueError
         If the shares make no sense.
     """
+    train_size = _TRAIN_SIZE if train_size is None else train_size
     if not 0 < train_size <= 1 or not 0 <= (validation_size or 0) < 1 or train_size + (validation_size or 0) > 1:
         msg = f"train_size={train_size} and validation_size={validation_size} are no shares of the cells that fit together"
         raise ValueError(msg)
     n_train = math.ceil(train_size * n_obs)
     n_validation = n_obs - n_train if validation_size is None else math.floor(validation_size * n_obs)
-    order = np.random.default_rng(seed).permutation(n_obs)
+    order = np.random.default_rng(seed).permutation(n_obs) if shuffle else np.arange(n_obs)
     parts = np.split(order, [n_validation, n_validation + n_train])
     validation, train, test = (np.sort(part) for part in parts)
     return train, validation, test
 
 
 def choose_optimization(
-    backbone: Backbone, optimization: Optimization | str | None, lr: float | None, weight_decay: float | None
+    backbone: Backbone,
+    optimization: Optimization | Mapping[str, Any] | str | None,
+    lr: float | None,
+    weight_decay: float | None,
+    fields: Mapping[str, Any] | None = None,
 ) -> Optimization:
-    """What is given, or the optimiser of the paper with a constant rate that suits a few epochs."""
+    """What is given, or the optimiser of the paper with a constant rate that suits a few epochs.
+
+    A mapping has fields that change that, or those of its ``preset``. Further ``fields`` change all of them, and ``lr`` and
+    ``weight_decay`` these.
+    """
     if isinstance(optimization, str):
         optimization = preset(optimization)
-    if optimization is None:
-        optimization = replace(
+    elif not isinstance(optimization, Optimization):
+        few_epochs = replace(
             default_optimization(backbone.kind),
-            learning_rate=LEARNING_RATE if lr is None else lr,
+            learning_rate=LEARNING_RATE,
             schedule="constant",
             warmup_steps=0,
             min_rate=0.0,
             unit="step",
             redraw_every=None,
         )
+        optimization = Optimization.from_dict(optimization or {}, few_epochs)
     given = {"learning_rate": lr, "weight_decay": weight_decay}
-    return replace(optimization, **{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    return replace(optimization, **{**(fields or {}), **given})
 
 
 @contextmanager
@@ -138,16 +173,26 @@ def trainable(backbone: Backbone, freeze: Freeze | None) -> Iterator[None]:
 
 
 class KeepBest(Callback):
-    """Puts back the weights of the epoch in which the loss of held-out cells, or a part of it, was lowest."""
+    """Puts back the weights of the epoch that was best on held-out cells, by what ``monitor`` names.
 
-    def __init__(self, monitor: str = "validation_loss") -> None:
+    Parameters
+    ----------
+    monitor
+        What is logged: the loss, a part of it, or a score.
+    mode
+        Whether the lowest (``"min"``) or the highest (``"max"``) is best; of equals it is the first.
+    """
+
+    def __init__(self, monitor: str = "validation_loss", mode: Literal["min", "max"] = "min") -> None:
         self.monitor, self.best, self.state, self.epoch = monitor, math.inf, {}, -1
+        self.sign = -1.0 if mode == "max" else 1.0
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Remember the weights if they are the best so far."""
-        loss = float(trainer.callback_metrics.get(self.monitor, math.inf))
-        if not trainer.sanity_checking and loss < self.best:
-            self.best, self.epoch = loss, trainer.current_epoch
+        value = trainer.callback_metrics.get(self.monitor)
+        badness = math.inf if value is None else self.sign * float(value)
+        if not trainer.sanity_checking and badness < self.best:
+            self.best, self.epoch = badness, trainer.current_epoch
             self.state = {name: value.detach().cpu().clone() for name, value in self._values(pl_module)}
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -174,6 +219,7 @@ def fit(
     max_steps: int | None,
     accelerator: str,
     devices: int | list[int] | str,
+    precision: str | int | None = "32-true",
     batch_size: int,
     early_stopping: bool,
     early_stopping_patience: int,
@@ -202,7 +248,7 @@ def fit(
     keep_best
         Whether the weights with the lowest loss of held-out cells count.
     monitor
-        Part of that loss that is meant; ``"loss"`` is the total.
+        What is meant instead of the total, ``"loss"``: a part of it, or ``"macro F1"``, of which the highest is best.
     labels
         What else the network needs for each cell, by name, one entry for each cell of the data.
     groups
@@ -211,11 +257,22 @@ def fit(
         Restricts the genes of the data.
     tokenize
         Options of the tokenizer that say what the matrix has to hold.
-    max_epochs, max_steps, accelerator, devices, batch_size, early_stopping, early_stopping_patience, seed, \
+    max_epochs, max_steps, accelerator, devices, precision, batch_size, early_stopping, early_stopping_patience, seed, \
     log_every_n_steps, trainer_kwargs
         See :meth:`FoundationModel.train`.
     """
     backbone = model.backbone
+    max_epochs, max_steps, batch_size, log_every_n_steps = positive(
+        max_epochs=max_epochs, max_steps=max_steps, batch_size=batch_size, log_every_n_steps=log_every_n_steps
+    )
+    trainer_kwargs = trainer_arguments(trainer_kwargs)
+    strategy = trainer_kwargs.pop("strategy", "auto")
+    if "fsdp" in str(strategy) or isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
+        msg = (
+            "model classes train with every device holding the whole model (strategy='ddp'); to spread it over devices use "
+            "scfm.train.pretrain(..., strategy='fsdp')"
+        )
+        raise ValueError(msg)
     train, validation, test = split
     if early_stopping and not len(validation):
         msg = "early stopping watches the loss of held-out cells, but there are none; use train_size < 1"
@@ -223,23 +280,29 @@ def fit(
     if max_epochs is None:
         max_epochs = -1 if max_steps is not None else get_max_epochs_heuristic(model.adata.n_obs, _MOST_EPOCHS)
     accelerator, devices, device = parse_device_args(accelerator=accelerator, devices=devices, return_device="torch")
-    callbacks = [*trainer_kwargs.pop("callbacks", []), StepLoss(log_every_n_steps)]
-    if early_stopping:
-        callbacks.append(
-            EarlyStopping(f"validation_{monitor}", patience=early_stopping_patience, check_on_train_epoch_end=False)
-        )
+    clipping = take_clipping(trainer_kwargs)
+    callbacks = [*take_callbacks(trainer_kwargs), StepLoss(log_every_n_steps)]
+    watched, mode = f"validation_{monitor}", "max" if monitor in _MAXIMISED else "min"
+    callbacks += stopping_callbacks(trainer_kwargs, watched, mode, early_stopping_patience, wanted=early_stopping)
     if keep_best and len(validation):
-        callbacks.append(KeepBest(f"validation_{monitor}"))
-    trainer = Trainer(
-        **{"check_val_every_n_epoch": 1, "benchmark": False, "logger": History()} | trainer_kwargs,
-        max_epochs=max_epochs,
-        max_steps=-1 if max_steps is None else max_steps,
-        accelerator=accelerator,
-        devices=devices,
-        callbacks=callbacks,
-        log_every_n_steps=1,
-        enable_model_summary=False,
-    )
+        callbacks.append(KeepBest(watched, mode))
+    n_nodes = trainer_kwargs.get("num_nodes", 1)
+    with warnings.catch_warnings():
+        # that of scvi-tools is; ours works in several processes, too
+        warnings.filterwarnings("ignore", message="early_stopping was automatically disabled")
+        trainer = Trainer(
+            **{"check_val_every_n_epoch": 1, "benchmark": False, "logger": History()} | trainer_kwargs,
+            strategy=choose_strategy(strategy, accelerator=accelerator, devices=devices, num_nodes=n_nodes),
+            precision=choose_precision(precision),
+            max_epochs=max_epochs,
+            max_steps=-1 if max_steps is None else max_steps,
+            accelerator=accelerator,
+            devices=devices,
+            callbacks=callbacks,
+            log_every_n_steps=1,
+            enable_model_summary=False,
+        )
+    trainer._model = model  # what SaveCheckpoint of scvi-tools saves
     with trained, model._cells(model.adata) as task:
         match = task.match if genes is None else genes(task.match)
         labels = dict(labels or {})
@@ -265,6 +328,7 @@ def fit(
             steps_per_epoch=n_steps,
             per_step=per_step,
         )
+        plan.optimization = replace(plan.optimization, **clipping)
         for part in batches.values():
             part.plan = plan
         start = _logging.info(f"training {backbone!r} on {len(train):,} cells")
@@ -274,7 +338,8 @@ def fit(
     model.train_indices, model.validation_indices, model.test_indices = train, validation, test
     recorded = getattr(trainer.logger, "history", None) if trainer.is_global_zero else None
     model.history_ = joined(model.history_, recorded or {})
-    model.is_trained_ = True
+    if trainer.global_step:
+        model.is_trained_ = True
     model.trainer = trainer
     model.to_device(device)
 

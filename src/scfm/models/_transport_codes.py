@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from anndata import AnnData
 
-from .. import engine
+from .. import _logging, engine
 from ..data import open_source
 from ..engine._options import options_for
 
@@ -89,13 +89,16 @@ class TransportCodes:
         backbone, match = self.backbone, task.match
         pooling = backbone.check_pooling(self._made["pooling"])
         extra = backbone.pooling_options(pooling, match)
+        given: set[str] = set()
 
         def states(rows: np.ndarray) -> Tensor:
             options = {
                 name: value[rows] if isinstance(value, np.ndarray) else value
                 for name, value in options_for(task.options, 0, expression.shape[0]).items()
             }
-            return backbone.cell_states(backbone.tokenize(expression[rows], match, **options), pooling=pooling, **extra)
+            with _logging.each_warning_once(given):
+                tokens = backbone.tokenize(expression[rows], match, **options)
+            return backbone.cell_states(tokens, pooling=pooling, **extra)
 
         return states
 

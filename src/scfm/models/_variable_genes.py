@@ -84,13 +84,19 @@ def variable_genes(source: CellSource, match: GeneMatch, batches: np.ndarray, n_
         if how == "cell_ranger":
             raise
         _logging.warning(
-            f"the variance of genes could not be fitted ({error}); taking the flavour 'cell_ranger' instead"
+            f"the variance of genes could not be fitted ({_reason(error)}); taking the flavour 'cell_ranger' instead"
         )
         how = "cell_ranger"
         table = _table(work, how, is_raw=is_raw, **options)
     chosen = np.sort(names[table["highly_variable"].to_numpy()])
     _logging.info(f"    {len(chosen):,} highly variable genes ({how})")
     return GeneChoice(chosen, how)
+
+
+def _reason(error: Exception) -> str:
+    """What an error says; compiled code gives its messages as bytes."""
+    parts = [part.decode(errors="replace") if isinstance(part, bytes) else str(part) for part in error.args]
+    return " ".join(parts).strip().rstrip(".")
 
 
 def _table(work: AnnData, flavor: str, *, is_raw: bool, **options: object) -> pd.DataFrame:

@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from .. import _keys
+from .._label_names import hold_numbers, label_names
 from ..metrics import annotation_scores, confusion_matrix
 from ._figure import finish
 
@@ -74,8 +75,9 @@ def annotation(
     if not known.any():
         msg = f"no cell has a label in obs[{labels_key!r}]"
         raise ValueError(msg)
-    truth = adata.obs[labels_key][known].astype(str)
-    predicted = adata.obs[key][known].astype(object).map(str, na_action="ignore")
+    truth, predicted = adata.obs[labels_key][known], adata.obs[key][known]
+    beside_numbers = hold_numbers(truth) or hold_numbers(predicted)
+    truth, predicted = (label_names(column, beside_numbers=beside_numbers) for column in (truth, predicted))
     slot = _keys.confidence(key)
     has_confidence = confidence and slot in adata.obs
     table = confusion_matrix(truth, predicted.fillna(_REJECTED))

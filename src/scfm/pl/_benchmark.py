@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _COLORS = {"model": "C0", "baseline": "C1", "ceiling": "C2", "random weights": "0.55", "control": "0.75"}
 _MOST_PANELS = 3
+_COLUMNS = ("task", "kind", "name", "method", "metric", "value")
 _ROW = 0.27
 
 
@@ -52,8 +53,15 @@ def benchmark(
     KeyError
         If a score is not in the table.
     ValueError
-        If the table has several tasks, or no rows.
+        If the table has several tasks, no rows, or is none with one score in each row.
     """
+    if missing := [column for column in _COLUMNS if column not in table]:
+        msg = (
+            f"the table has no column {', '.join(missing)}: this draws tables with one score in each row, such as those of "
+            "scfm.benchmark.cells. Draw one with a column for each score, such as that of scfm.benchmark.enhancement, with "
+            "seaborn or table.groupby([...]).mean().plot()"
+        )
+        raise ValueError(msg)
     tasks = list(dict.fromkeys(table["task"])) if task is None else [task]
     if len(tasks) != 1:
         msg = f"the table has {len(tasks)} tasks ({', '.join(tasks)}); choose one with task="

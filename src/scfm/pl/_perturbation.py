@@ -8,11 +8,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from .. import _keys
-from ..tasks.perturbation_data import canonical
+from ..tasks.perturbation_data import canonical_of, genes_of
 from ._figure import finish
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from anndata import AnnData
@@ -42,7 +42,7 @@ def perturbation(
         Annotated data after :func:`scfm.pp.perturbation_setup` and :func:`scfm.tl.perturb`; control cells cut out of such data
         keep what the setup found.
     perturbation
-        Which perturbation.
+        Which perturbation, in any usual spelling.
     keys
         Slots of ``uns`` with results of :func:`scfm.tl.perturb`, one or several (a model and baselines, see
         :func:`scfm.benchmark.perturbation_baseline`), or a mapping from names for the legend to slots.
@@ -69,10 +69,10 @@ def perturbation(
     if n_genes < 1:
         msg = f"n_genes must be at least 1; got {n_genes!r}"
         raise ValueError(msg)
-    name = canonical(perturbation)
     slots = (
         {key: key for key in ([keys] if isinstance(keys, str) else keys)} if not hasattr(keys, "items") else dict(keys)
     )
+    name = canonical_of(perturbation, _known_genes(adata, slots.values()))
     results = {label: _result(adata, key, name) for label, key in slots.items()}
     names = next(iter(results.values()))[0]
     measured, spread, ranked = _measured(adata, name)
@@ -114,6 +114,13 @@ def perturbation(
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return finish(ax.figure, ax, show=show, save=save)
+
+
+def _known_genes(adata: AnnData, slots: Iterable[str]) -> set[str]:
+    """Genes that were perturbed in the data or in predictions."""
+    measured = adata.uns.get(_keys.PERTURBATION, {}).get("names", ())
+    predicted = [name for slot in slots for name in adata.uns.get(slot, {}).get("perturbations", ())]
+    return {gene for name in [*measured, *predicted] for gene in genes_of(str(name))}
 
 
 def _result(adata: AnnData, key: str, name: str) -> tuple[list[str], np.ndarray, np.ndarray]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from .. import __version__, _keys, _logging
+from ..genes import resolve_gene_names
 from ..metrics import condition_means
 from ..tasks.perturbation_data import CONTROL, SEPARATOR, SEPARATORS, canonical, genes_of, parse_perturbation
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from anndata import AnnData
     from scipy import sparse
@@ -32,6 +34,7 @@ def perturbation_setup(
     total_key: str | None = None,
     target_sum: float = _TARGET_SUM,
     cell_type_key: str | None = None,
+    gene_symbols: str | None = None,
     separators: Sequence[str] = SEPARATORS,
     n_de_genes: int = 20,
     rng: int | np.random.Generator = 0,
@@ -59,7 +62,10 @@ def perturbation_setup(
     target_sum
         Counts that each cell is scaled to.
     cell_type_key
-        Column of ``obs`` with cell types; cells are then paired with control cells of their own type.
+        Column of ``obs`` with cell types; cells are then paired and compared with control cells of their own type.
+    gene_symbols
+        Column of ``var`` with the names by which genes are perturbed; by default ``var_names``, or if these are Ensembl ids or
+        numbers, the first of the usual columns, such as ``"gene_name"`` in the files of GEARS.
     separators
         Characters between the genes of a label. Names that are known (genes of ``adata``, perturbations of one gene) are not
         taken apart.
@@ -83,7 +89,10 @@ def perturbation_setup(
         ``params``; ``control``; ``labels``, the spelling and number of cells of each perturbation; ``genes``, ``names`` and
         ``means``, the mean log-normalised expression of each perturbation; ``de_genes``, the genes that change most against
         control by Scanpy's t-test, whatever the direction, with change and standard deviation; ``non_dropout_de_genes``, the
-        same without genes that no cell of the perturbation expresses, unless no control cell does either (as GEARS).
+        same without genes that no cell of the perturbation expresses, unless no control cell does either (as GEARS). Genes are
+        named as in ``var_names``. With ``cell_type_key``, each type is tested by itself where it has two cells of the perturbation
+        and two control cells, and score, change and standard deviation are means over the types, weighted by their perturbed
+        cells (the authors of GEARS keep a ranking for each type instead).
 
     Raises
     ------
@@ -122,7 +131,9 @@ def perturbation_setup(
             f"leave them out with adata[adata.obs[{perturbation_key!r}].notna()].copy()"
         )
         raise ValueError(msg)
-    names, table = _named(labels.astype(str), control, separators, adata.var_names, perturbation_key)
+    found = resolve_gene_names(adata.var, gene_symbols)
+    genes = {*map(str, adata.var_names), *map(str, found.symbols)}
+    names, table = _named(labels.astype(str), control, separators, genes, perturbation_key)
     check_can_hold_results(adata)
     adata = adata.copy() if copy else adata
     start = _logging.info(f"preparing {adata.n_obs:,} cells with {len(table) - 1:,} perturbations")
@@ -131,7 +142,7 @@ def perturbation_setup(
     types = None if cell_type_key is None else adata.obs[cell_type_key].astype(str).to_numpy()
     pairs = _paired(names, types, np.random.default_rng(seed := seed_of(rng)))
     means = condition_means(expression, names, names=table["perturbation"])
-    de_genes, non_dropout = _de_genes(expression, names, table, means, adata.var_names, n_de_genes)
+    de_genes, non_dropout = _de_genes(expression, names, types, means, adata.var_names, n_de_genes)
 
     adata.obs[_keys.PERTURBATION_OF_CELL] = pd.Categorical(names, categories=table["perturbation"])
     adata.obs[_keys.CONTROL_OF_CELL] = pairs
@@ -143,6 +154,8 @@ def perturbation_setup(
     }
     params |= {"cell_type_key": cell_type_key, "n_de_genes": n_de_genes, "rng": seed}
     params |= {"controls": None if control is None else np.asarray(control, dtype=str)}
+    params |= {"gene_symbols": None if found.symbols_from == "index" else found.symbols_from}
+    params |= {"separators": np.asarray(tuple(separators), dtype=str)}
     adata.uns[_keys.PERTURBATION] = {
         "params": {name: value for name, value in params.items() if value is not None},
         "control": CONTROL,
@@ -166,14 +179,14 @@ def perturbation_setup(
 
 
 def _named(
-    labels: pd.Series, control: Sequence[str] | None, separators: Sequence[str], genes: pd.Index, column: str
+    labels: pd.Series, control: Sequence[str] | None, separators: Sequence[str], genes: Collection[str], column: str
 ) -> tuple[np.ndarray, pd.DataFrame]:
     """Canonical name of each cell, and the table of names with their first spelling and number of cells."""
     spellings = pd.unique(labels)
     shown = f"{', '.join(map(repr, sorted(spellings)[:_SHOWN]))}{' ...' if len(spellings) > _SHOWN else ''}"
     # labels without a separator are names, also where other labels could be read in two ways
     marks = tuple(separators)
-    known = {*map(str, genes), *(text for text in spellings if not any(mark in text for mark in marks))}
+    known = {*genes, *(text for text in spellings if not any(mark in text for mark in marks))}
     parsed = {text: parse_perturbation(text, control, marks, known=known) for text in spellings}
     if unnameable := sorted({gene for some in parsed.values() for gene in some if SEPARATOR in gene}):
         msg = f"names of genes with '+' cannot be told from pairs: {', '.join(unnameable[:_SHOWN])}; rename them"
@@ -186,6 +199,11 @@ def _named(
     if set(name_of.values()) == {CONTROL}:
         msg = f"obs[{column!r}] has control cells only, and nothing was perturbed; there are {shown}"
         raise ValueError(msg)
+    if absent := [name for name in control or () if not _occurs(name, spellings, marks)]:
+        _logging.warning(
+            f"obs[{column!r}] has no label {', '.join(map(repr, absent))}, which control= names; control is "
+            f"{', '.join(repr(text) for text, name in name_of.items() if name == CONTROL)}"
+        )
     names = labels.map(name_of).to_numpy(dtype=object).astype(str)
     order = [CONTROL, *sorted(set(names) - {CONTROL})]
     counts = pd.Series(names).value_counts()
@@ -200,6 +218,13 @@ def _named(
         }
     )
     return names, table
+
+
+def _occurs(name: str, spellings: Sequence[str], marks: Sequence[str]) -> bool:
+    """Whether a name is a label or stands between separators of one, without regard to capitals."""
+    edge = "|".join(map(re.escape, marks)) or r"(?!)"
+    found = re.compile(rf"(^|{edge})\s*{re.escape(name.strip())}\s*($|{edge})", re.IGNORECASE)
+    return any(found.search(text.strip()) for text in spellings)
 
 
 def _paired(names: np.ndarray, types: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
@@ -225,30 +250,83 @@ def _paired(names: np.ndarray, types: np.ndarray | None, rng: np.random.Generato
 def _de_genes(
     expression: sparse.csr_matrix,
     names: np.ndarray,
-    table: pd.DataFrame,
+    types: np.ndarray | None,
     means: pd.DataFrame,
     genes: pd.Index,
     n_top: int,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Genes that change most against control, and the same without those that only were not detected."""
+    groups = np.zeros(len(names), dtype=str) if types is None else types
+    tests: dict[str, list[_Test]] = {}
+    for group in np.unique(groups):
+        for name, test in _tested(expression, names, np.flatnonzero(groups == group)).items():
+            tests.setdefault(name, []).append(test)
+    perturbations = [name for name in means.index if name != CONTROL]
+    if few := [name for name in perturbations if name not in tests]:
+        _logging.warning(f"too few cells for a test, so that no changed genes are known: {', '.join(few[:_SHOWN])}")
+    if not tests:
+        empty = pd.DataFrame(
+            {name: pd.Series(dtype=str if name in ("perturbation", "gene") else float) for name in _DE_COLUMNS}
+        )
+        return empty, empty
+    control = means.loc[CONTROL].to_numpy()
+    columns = np.asarray(genes, dtype=str)
+    parts: tuple[list[pd.DataFrame], list[pd.DataFrame]] = ([], [])
+    for name in perturbations:
+        if name not in tests:
+            continue
+        of_name = tests[name]
+        weights = np.array([len(test.cells) for test in of_name], dtype=np.float64)
+        score, change = (
+            np.average([getattr(test, part) for test in of_name], axis=0, weights=weights)
+            for part in ("score", "change")
+        )
+        # of genes with equal scores, Scanpy's order stays where there is one test
+        order = of_name[0].order if len(of_name) == 1 else np.argsort(-np.abs(score), kind="stable")
+        detected = (means.loc[name].to_numpy() != 0) | (control == 0)
+        for part, kept in zip(parts, (np.ones(len(order), dtype=bool), detected[order]), strict=True):
+            top = order[kept][:n_top]
+            spread = [expression[test.cells][:, top].toarray().std(0, ddof=1) for test in of_name]
+            part.append(
+                pd.DataFrame(
+                    {
+                        "perturbation": name,
+                        "rank": np.arange(1, len(top) + 1),
+                        "gene": columns[top],
+                        "score": score[top],
+                        "change": change[top],
+                        "std": np.average(spread, axis=0, weights=weights),
+                    }
+                )
+            )
+    return tuple(pd.concat(part, ignore_index=True) for part in parts)
+
+
+class _Test(NamedTuple):
+    """How the genes of a perturbation change in the cells of a type: cells, genes by score, and score and change of each gene."""
+
+    cells: np.ndarray
+    order: np.ndarray
+    score: np.ndarray
+    change: np.ndarray
+
+
+def _tested(expression: sparse.csr_matrix, names: np.ndarray, rows: np.ndarray) -> dict[str, _Test]:
+    """Scanpy's t-test against control in some cells, for perturbations with at least two of them."""
     import scanpy as sc
     from anndata import AnnData
 
-    n_cells = table.set_index("perturbation")["n_cells"]
-    enough = n_cells.index[n_cells >= 2]
+    n_cells = pd.Series(names[rows]).value_counts()
+    enough = sorted(n_cells.index[n_cells >= 2])
     groups = [name for name in enough if name != CONTROL]
-    empty = pd.DataFrame(
-        {name: pd.Series(dtype=str if name in ("perturbation", "gene") else float) for name in _DE_COLUMNS}
-    )
-    if few := sorted(set(n_cells.index) - set(enough)):
-        _logging.warning(f"too few cells for a test, so that no changed genes are known: {', '.join(few[:_SHOWN])}")
     if not groups or CONTROL not in enough:
-        return empty, empty
-    there = np.isin(names, enough)
+        return {}
+    rows = rows[np.isin(names[rows], enough)]
+    there = names[rows]
     cells = AnnData(
-        expression[there],
-        obs=pd.DataFrame({"group": pd.Categorical(names[there])}, index=np.arange(there.sum()).astype(str)),
-        var=pd.DataFrame(index=np.arange(len(genes)).astype(str)),
+        expression[rows],
+        obs=pd.DataFrame({"group": pd.Categorical(there)}, index=np.arange(len(rows)).astype(str)),
+        var=pd.DataFrame(index=np.arange(expression.shape[1]).astype(str)),
         uns={"log1p": {"base": None}},
     )
     with warnings.catch_warnings():  # Scanpy adds its columns one by one
@@ -257,26 +335,11 @@ def _de_genes(
             cells, "group", groups=groups, reference=CONTROL, rankby_abs=True, method="t-test", use_raw=False
         )
     found = cells.uns["rank_genes_groups"]
-    control = means.loc[CONTROL].to_numpy()
-    columns = np.asarray(genes, dtype=str)
-    parts: tuple[list[pd.DataFrame], list[pd.DataFrame]] = ([], [])
+    means = condition_means(cells.X, there, names=enough)
+    out = {}
     for name in groups:
-        order, scores = found["names"][name].astype(np.int64), found["scores"][name].astype(np.float64)
-        mean = means.loc[name].to_numpy()
-        detected = (mean != 0) | (control == 0)
-        for part, kept in zip(parts, (np.ones(len(order), dtype=bool), detected[order]), strict=True):
-            top = order[kept][:n_top]
-            block = expression[np.flatnonzero(names == name)][:, top].toarray()
-            part.append(
-                pd.DataFrame(
-                    {
-                        "perturbation": name,
-                        "rank": np.arange(1, len(top) + 1),
-                        "gene": columns[top],
-                        "score": scores[kept][:n_top],
-                        "change": (mean - control)[top],
-                        "std": block.std(0, ddof=1),
-                    }
-                )
-            )
-    return tuple(pd.concat(part, ignore_index=True) for part in parts)
+        order, score = found["names"][name].astype(np.int64), np.zeros(expression.shape[1])
+        score[order] = found["scores"][name].astype(np.float64)
+        change = (means.loc[name] - means.loc[CONTROL]).to_numpy()
+        out[name] = _Test(rows[there == name], order, score, change)
+    return out

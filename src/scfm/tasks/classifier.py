@@ -121,12 +121,12 @@ class ClassLearner(Learner):
     seed
         Seed of the weights of the head.
     tokenize
-        Options of the tokenizer; by default those of the paper's fine-tuning.
+        Options of the tokenizer, beside or instead of those of the paper's fine-tuning.
 
     Raises
     ------
     ValueError
-        If the head is unknown or has no such training, or there are fewer than two classes.
+        If the head is unknown, has no such training or no choice of ``pooling``, or there are fewer than two classes.
     """
 
     weights: Tensor | None
@@ -153,6 +153,9 @@ class ClassLearner(Learner):
             heads = ", ".join(f"head={name!r}" for name in backbone.joint_heads) or "none of its heads"
             msg = f"hide= needs a head that learns along with hidden genes; {backbone.kind} has it for {heads}"
             raise ValueError(msg)
+        if pooling is not None and style not in PLAIN_HEADS:
+            msg = f"pooling= is what the heads {' and '.join(map(repr, PLAIN_HEADS))} start from; the head is {style!r}"
+            raise ValueError(msg)
         if n_classes < 2:
             msg = f"a classifier needs at least two classes; got {n_classes}"
             raise ValueError(msg)
@@ -168,10 +171,11 @@ class ClassLearner(Learner):
         if outside is not None:
             # the tokens of the authors are those for their own head
             recipe = replace(recipe, tokenize={})
-        super().__init__(backbone, outside, recipe, tokenize=tokenize)
+        super().__init__(backbone, outside, recipe, tokenize={**recipe.tokenize, **(tokenize or {})})
         self.style, self.n_classes, self.pooling = style, n_classes, pooling
         self.hide = {**recipe.objective, **(hide if isinstance(hide, Mapping) else {})} if hide else None
         self.register_buffer("weights", None, persistent=False)
+        self.start_validation()
 
     def set_weights(self, weights: np.ndarray | None) -> None:
         """Set the weights of the classes in the loss."""
@@ -199,6 +203,8 @@ class ClassLearner(Learner):
             hidden = values.total
         labels = tokens.per_cell[LABEL].to(logits[0].device, torch.int64)
         classes, accuracy = self._cross_entropy(logits, labels)
+        if not self.training:
+            self._count(logits[0], labels)
         return ClassLoss(classes if hidden is None else classes + hidden, classes, accuracy, hidden)
 
     def _cross_entropy(self, logits: tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,6 +216,22 @@ class ClassLearner(Learner):
         classes = sum(F.cross_entropy(part[known], labels[known], weights) for part in logits)
         right = logits[0][known].detach().argmax(1) == labels[known]
         return classes, right.float().mean()
+
+    def _count(self, logits: Tensor, labels: Tensor) -> None:
+        known = labels >= 0
+        pairs = (labels[known] * self.n_classes + logits[known].detach().argmax(1)).cpu()
+        self._pairs += torch.bincount(pairs, minlength=self.n_classes**2)
+
+    def start_validation(self) -> None:
+        """Forget the held-out cells that were counted."""
+        self._pairs = torch.zeros(self.n_classes**2, dtype=torch.int64)
+
+    def validation_scores(self) -> dict[str, float]:
+        """F1 averaged over the classes that occur, from the held-out cells since :meth:`start_validation`."""
+        counts = self._pairs.reshape(self.n_classes, self.n_classes).double()
+        total = counts.sum(0) + counts.sum(1)
+        f1 = 2 * counts.diagonal()[total > 0] / total[total > 0]
+        return {"macro F1": float(f1.mean())} if len(f1) else {}
 
     @torch.inference_mode()
     def probabilities(self, tokens: TokenBatch) -> Tensor:

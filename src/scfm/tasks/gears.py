@@ -224,7 +224,9 @@ def gears_config(state: Mapping[str, Tensor], *, states: int = 0, indicator: boo
     """
     n_genes, hidden = state["indv_w1"].shape[:2]
     given = {"n_genes": n_genes, "hidden": hidden, "n_perturbations": len(state["pert_emb.weight"]), "states": states}
-    given["n_graph_layers"] = sum(key.endswith("lin.weight") and key.startswith("sim_layers") for key in state)
+    # files of networks without a graph of co-expression may have no layer on it
+    for name, prefix in (("n_go_layers", "sim_layers."), ("n_coexpression_layers", "layers_emb_pos.")):
+        given[name] = max(1, sum(key.startswith(prefix) and key.endswith("lin.weight") for key in state))
     first = state.get("emb_trans_v2.network.0.weight")
     if indicator if indicator is not None else first is None:
         return given | {"indicator": True, "positions": "none"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -47,8 +47,13 @@ class GearsConfig:
         v2).
     indicator
         Whether the network is also told at which gene a cell is perturbed, as in scLong; a second normalisation goes with it.
+    frozen_projection
+        Whether the linear map from the states to the network, if there is one, keeps its random weights in training, as in scLong's
+        code.
+    n_go_layers, n_coexpression_layers
+        Layers on the graph of the genes that can be perturbed, and on that of co-expression.
     n_graph_layers
-        Layers on each graph.
+        Sets both.
 
     Raises
     ------
@@ -64,16 +69,23 @@ class GearsConfig:
     entry_hidden: int = 0
     positions: Positions = "table"
     indicator: bool = False
-    n_graph_layers: int = 1
+    frozen_projection: bool = False
+    n_go_layers: int = 1
+    n_coexpression_layers: int = 1
+    n_graph_layers: InitVar[int | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, n_graph_layers: int | None) -> None:
+        if n_graph_layers is not None:
+            for name in ("n_go_layers", "n_coexpression_layers"):
+                object.__setattr__(self, name, n_graph_layers)
         if self.entry not in ("norm", "mlp"):
             msg = f"entry must be 'norm' or 'mlp'; got {self.entry!r}"
             raise ValueError(msg)
         if self.positions not in ("none", "table", "states"):
             msg = f"positions must be 'none', 'table' or 'states'; got {self.positions!r}"
             raise ValueError(msg)
-        if min(self.n_genes, self.n_perturbations, self.hidden, self.n_graph_layers) < 1:
+        layers = min(self.n_go_layers, self.n_coexpression_layers)
+        if min(self.n_genes, self.n_perturbations, self.hidden, layers) < 1:
             msg = "a network needs at least one gene, one perturbation, one layer and a positive width"
             raise ValueError(msg)
         if self.entry == "mlp" and (self.positions != "none" or not self.entry_hidden or not self.states):
@@ -246,10 +258,10 @@ class GearsNetwork(nn.Module):
                 raise ValueError(msg)
             _check_graph(coexpression, n_genes, "coexpression")
             self.positions = Table(n_genes, hidden) if config.positions == "table" else nn.Identity()
-            self.coexpression = GraphConvolution(hidden, n_genes, coexpression, config.n_graph_layers)
+            self.coexpression = GraphConvolution(hidden, n_genes, coexpression, config.n_coexpression_layers)
             self.mix = MLP([hidden, hidden, hidden])
         self.perturbations = Table(config.n_perturbations, hidden)
-        self.go = GraphConvolution(hidden, config.n_perturbations, go, config.n_graph_layers)
+        self.go = GraphConvolution(hidden, config.n_perturbations, go, config.n_go_layers)
         self.fuse = MLP([hidden, hidden, hidden])
         self.indicator = None
         if config.indicator:
@@ -299,7 +311,7 @@ class GearsNetwork(nn.Module):
             return self._rows(self.entry, states)
         # without states the vectors are the same in all cells, and so are means and variances over them
         x = self.genes()[None] if states is None else states
-        x = x if self.project is None else self.project(x)
+        x = x if self.project is None else self._projected(x)
         plain = x
         x = F.relu(
             self._rows(self.state_norm, x if states is not None or not self.training else x.expand(n_cells, -1, -1))
@@ -313,6 +325,13 @@ class GearsNetwork(nn.Module):
             x = x + _POSITION_SHARE * around
             x = self._rows(self.mix, x)
         return x.expand(n_cells, -1, -1)
+
+    def _projected(self, states: Tensor) -> Tensor:
+        weight, bias = self.project.weight, self.project.bias
+        if self.config.frozen_projection:
+            # whoever trains the network may let all of its weights have gradients
+            weight, bias = weight.detach(), bias.detach()
+        return F.linear(states, weight, bias)
 
     def perturbation_vectors(self, numbers: Tensor | None = None) -> Tensor:
         """Vectors of the genes that can be perturbed, after the graph, or of those with some numbers, ``(genes, hidden)``."""

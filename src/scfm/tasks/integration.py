@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -138,8 +139,9 @@ class IntegrationLearner(Learner):
     tokenize
         Options of the tokenizer, beside or instead of those of the paper.
     options
-        Options of the loss, beside or instead of those of the paper; for ``"adversarial"`` those of the pre-training
-        objective, and ``adversary_weight`` (1).
+        Options of the loss, beside or instead of those of the paper, and of the form of the network (keywords of the
+        model's ``integration_config``); for ``"adversarial"`` those of the pre-training objective, and
+        ``adversary_weight`` (1).
     continued
         The network has been fine-tuned for integration already and goes on with the batches it knows, which come
         first.
@@ -147,7 +149,7 @@ class IntegrationLearner(Learner):
     Attributes
     ----------
     options
-        Options of the loss.
+        Options of the loss and the network.
     parts
         Names of the parts of the network that were made for the task.
 
@@ -176,7 +178,7 @@ class IntegrationLearner(Learner):
         objective = _checked(backbone, objective)
         self_made = objective == "adversarial"
         pooling = backbone.check_pooling(pooling)
-        head, recipe = None, backbone.fine_tuning("integration")
+        head, recipe, form = None, backbone.fine_tuning("integration"), {}
         if self_made:
             backbone.require("pretrains")
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -186,10 +188,13 @@ class IntegrationLearner(Learner):
                 recipe = FineTuning()
             recipe = replace(recipe, monitor="pretraining", tokenize=backbone.zero_shot("integration").tokenize)
         else:
-            backbone, parts = _with_parts(backbone, n_batches, seed, continued=continued, parts=parts)
+            form = {name: value for name, value in (options or {}).items() if name in _form_options(backbone)}
+            config = backbone.integration_config(n_batches, **form)
+            backbone, parts = _with_parts(backbone, config, seed, continued=continued, parts=parts)
         super().__init__(backbone, head, recipe, tokenize={**recipe.tokenize, **(tokenize or {})})
         self.objective, self.pooling, self.n_batches = objective, pooling, n_batches
         self.options, self.parts = {**recipe.objective, **(options or {})}, tuple(parts)
+        self._of_network = frozenset(form)
 
     def is_head(self, name: str) -> bool:
         """Whether a parameter of this network was made for the task."""
@@ -215,7 +220,8 @@ class IntegrationLearner(Learner):
     def loss(self, tokens: TokenBatch, generator: torch.Generator | None = None) -> Any:
         """Loss of a mini-batch whose batches are ``tokens.per_cell["batch"]``."""
         if self.objective == "paper":
-            return self.backbone.integration_loss(tokens, generator, **self.options)
+            options = {name: value for name, value in self.options.items() if name not in self._of_network}
+            return self.backbone.integration_loss(tokens, generator, **options)
         options = dict(self.options)
         weight = options.pop("adversary_weight", _ADVERSARY_WEIGHT)
         pretraining = self.backbone.pretraining_loss(tokens.training, generator, **options).total
@@ -238,14 +244,19 @@ def _checked(backbone: Backbone, objective: str | None) -> Objective:
     return objective
 
 
+def _form_options(backbone: Backbone) -> set[str]:
+    """What the config of the network for integration can be told besides the number of batches."""
+    parameters = inspect.signature(backbone.integration_config).parameters.values()
+    return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+
+
 def _with_parts(
-    backbone: Backbone, n_batches: int, seed: int, *, continued: bool, parts: Sequence[str]
+    backbone: Backbone, config: Any, seed: int, *, continued: bool, parts: Sequence[str]
 ) -> tuple[Backbone, Sequence[str]]:
     """The model with what the paper's objective needs, and the names of the parts made for it.
 
     Weights for batches of other data mean nothing here, so that they are fresh unless training is continued.
     """
-    config = backbone.integration_config(n_batches)
     names = tuple(backbone.module.state_dict())
     old = [f"{part}." for part in backbone.batch_modules if any(name.startswith(f"{part}.") for name in names)]
     if config == backbone.config and (continued or not old):

@@ -57,6 +57,13 @@ class Learner(nn.Module):
     def loss(self, tokens: TokenBatch, generator: torch.Generator | None = None) -> Any:
         """Loss of a mini-batch, an object whose ``total`` is minimised."""
 
+    def start_validation(self) -> None:
+        """Called before the losses of held-out cells are computed."""
+
+    def validation_scores(self) -> dict[str, float]:
+        """Scores of all held-out cells together, for which the mean over mini-batches of their loss does not do."""
+        return {}
+
     def head_state(self) -> dict[str, Tensor]:
         """Weights that lie outside of the model."""
         return {} if self.head is None else self.head.state_dict()

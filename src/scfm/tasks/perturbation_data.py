@@ -28,8 +28,8 @@ _MANIFEST = "scfm perturbation split"
 
 # usual names of cells that nothing was done to, without regard to capitals
 _CONTROLS = re.compile(
-    r"(neg(ative)?[-_ ]?)?(ctrl|control)s?\d*|non[-_ ]?target(ing|ed)?\d*|nt\d*|safe[-_ ]?target(ing)?\d*|"
-    r"unperturbed|untreated|unstimulated|mock|vehicle|dmso|scramble[d]?\d*|intergenic\d*",
+    r"((neg(ative)?[-_ ]?)?(ctrl|control)s?|non[-_ ]?target(ing|ed)?|nt|safe[-_ ]?target(ing)?|"
+    r"unperturbed|untreated|unstimulated|mock|vehicle|dmso|scrambled?|intergenic)([-_ ]?\d+)?",
     re.IGNORECASE,
 )
 # an unknown name costs more than a known one, so that the fewest unknown genes win
@@ -48,7 +48,7 @@ def is_control(name: str, control: Collection[str] | None = None) -> bool:
         The name.
     control
         Names of control, without regard to capitals, besides ``"ctrl"``; by default the usual ones, such as ``"control"``,
-        ``"non-targeting"`` and ``"NegCtrl0"``.
+        ``"non-targeting"``, ``"NegCtrl0"`` and ``"NT_0123"``.
     """
     if control is None:
         return _CONTROLS.fullmatch(name) is not None
@@ -123,6 +123,21 @@ def canonical(genes: str | Iterable[str]) -> str:
     return SEPARATOR.join(sorted({gene.strip() for gene in genes} - {CONTROL, ""})) or CONTROL
 
 
+def canonical_of(text: str, known: Collection[str], control: Collection[str] | None = None) -> str:
+    """Canonical name of a perturbation in any usual spelling; ``"_"`` separates genes only where all of them are known.
+
+    Parameters
+    ----------
+    text, known, control
+        As in :func:`parse_perturbation`.
+    """
+    known = known if isinstance(known, (set, frozenset, dict)) else set(known)
+    genes = parse_perturbation(text, control, known=known)
+    if not all(gene in known for gene in genes):
+        genes = parse_perturbation(text, control, (SEPARATOR,), known=known)
+    return canonical(genes)
+
+
 def genes_of(name: str) -> tuple[str, ...]:
     """Genes of a canonical name; none for control."""
     return () if name == CONTROL else tuple(name.split(SEPARATOR))
@@ -173,13 +188,17 @@ class PerturbationSplit:
         test: Iterable[str] = (),
         *,
         held_out_cell_types: Iterable[str] = (),
+        control: Collection[str] | None = None,
+        known: Collection[str] = (),
     ) -> PerturbationSplit:
         """A split of your own, from names in any spelling with ``"+"``; control and repeats are dropped.
 
-        To test on a cell type that training has not seen perturbed, list it in ``held_out_cell_types``.
+        To test on a cell type that training has not seen perturbed, list it in ``held_out_cell_types``. Names with ``"_"`` between
+        genes are understood where these are ``known``, see :func:`parse_perturbation`.
         """
+        known = frozenset(known)
         parts = [
-            sorted({canonical(parse_perturbation(name, separators=(SEPARATOR,))) for name in part} - {CONTROL})
+            sorted({canonical_of(name, known, control) for name in part} - {CONTROL})
             for part in (train, validation, test)
         ]
         types = [str(name) for name in held_out_cell_types]
@@ -322,7 +341,8 @@ def split_perturbations(
             Single perturbations only; some of the genes are left out.
         ``"double"``
             Test pairs of which training has seen ``seen`` genes. With 2, all singles and some pairs are trained on; with 1 or 0,
-            so many genes of each test pair are left out of training altogether.
+            the other genes of each test pair are left out of training and validation altogether. What is validated on does not
+            count as seen.
     seed
         Seed of what is drawn.
     train_gene_share
@@ -397,21 +417,22 @@ def _double_split(
     if seen == 2:
         order = list(rng.permutation(np.array(pairs, dtype=object)))
         n_test = max(1, round(len(pairs) * (1 - pair_share))) if pairs else 0
-        test, rest = order[:n_test], order[n_test:]
-        train = [label for label in members if label not in set(order)] + rest
-        # a pair of which no gene is trained on otherwise is not what is asked for
-        known = set().union(*(members[label] for label in train)) if train else set()
-        test = [label for label in test if members[label] <= known]
-        train = sorted(train)
+        candidates = order[:n_test]
+        rest = sorted(set(members) - set(candidates))
     else:
         genes = sorted(set().union(*members.values()))
         away = set(
             rng.choice(np.array(genes, dtype=object), max(1, round(len(genes) * (1 - gene_share))), replace=False)
         )
-        train = [label for label, some in members.items() if not some & away]
-        known = set().union(*(members[label] for label in train)) if train else set()
-        test = [label for label in pairs if members[label] & away and len(members[label] & known) == seen]
-    n_validation = round(len(train) * (1 - _VALIDATION_SHARE))
-    candidates = [label for label in train if len(members[label]) > 1] or train
-    validation = sorted(rng.permutation(np.array(candidates, dtype=object))[: min(n_validation, len(candidates) // 2)])
-    return [label for label in train if label not in set(validation)], validation, test
+        candidates = [label for label in pairs if members[label] & away]
+        rest = [label for label, some in members.items() if not some & away]
+    n_validation = round(len(rest) * (1 - _VALIDATION_SHARE))
+    held_out = [label for label in rest if len(members[label]) > 1] or rest
+    validation = sorted(rng.permutation(np.array(held_out, dtype=object))[: min(n_validation, len(held_out) // 2)])
+    train = [label for label in rest if label not in set(validation)]
+    trained, used = (set().union(*(members[label] for label in part)) for part in (train, rest))
+    if seen == 2:
+        return train, validation, [label for label in candidates if members[label] <= trained]
+    # a gene that only validation has is neither seen nor left out
+    test = [label for label in candidates if len(members[label] & trained) == len(members[label] & used) == seen]
+    return train, validation, test

@@ -108,7 +108,8 @@ def fit(
     options
         How to train.
     de_genes
-        Positions of the most changed genes of each condition, for scores that begin with "DE".
+        Positions of the most changed genes of each condition, for scores that begin with "DE", which are averaged over the held-out
+        conditions that have such genes.
 
     Yields
     ------
@@ -117,10 +118,14 @@ def fit(
     Raises
     ------
     ValueError
-        If there are fewer than two cells to train on, or the loss is not finite.
+        If there are fewer than two cells to train on, the score to choose an epoch by needs ``de_genes`` of held-out conditions
+        and there are none, or the loss is not finite.
     """
     if len(train) < 2:
         msg = f"there are {len(train)} cells to train on; at least two are needed"
+        raise ValueError(msg)
+    if options.monitor.startswith("DE ") and len(validation) and not _have_de_genes(pairs, validation, de_genes):
+        msg = f"no held-out condition has de_genes, so that there is no {options.monitor!r}; choose another monitor="
         raise ValueError(msg)
     device = learner.device
     order, draws = (np.random.default_rng([options.seed, part]) for part in range(2))
@@ -205,6 +210,12 @@ def _own_randomness(device: torch.device, seed: int, epoch: int) -> Iterator[Non
         yield
 
 
+def _have_de_genes(pairs: PerturbationPairs, cells: np.ndarray, de_genes: Mapping[str, np.ndarray] | None) -> bool:
+    """Whether any condition of these cells has most changed genes."""
+    names = (str(pairs.conditions[code]) for code in np.unique(pairs.codes[cells]))
+    return de_genes is not None and any(len(de_genes.get(name, ())) for name in names)
+
+
 @torch.no_grad()
 def _validate(
     learner: ResponseLearner,
@@ -229,8 +240,14 @@ def _validate(
         losses.append(float(learner.loss(batch, counted, control, rng)))
         sizes.append(len(rows))
     predicted = sums / np.bincount(place)[:, None]
-    chosen = None if de_genes is None else [de_genes.get(name, np.zeros(0, dtype=np.int64)) for name in names]
-    usable = chosen is not None and all(len(genes) for genes in chosen)
-    scores = perturbation_scores(observed, predicted, pairs.control_mean, de_genes=chosen if usable else None).mean()
+    scores = perturbation_scores(observed, predicted, pairs.control_mean).mean().to_dict()
+    # a condition of one cell has no test of its genes
+    chosen = {row: genes for row, name in enumerate(names) if len(genes := (de_genes or {}).get(name, ()))}
+    if chosen:
+        rows = list(chosen)
+        table = perturbation_scores(
+            observed[rows], predicted[rows], pairs.control_mean, de_genes=list(chosen.values())
+        ).mean()
+        scores |= {name: value for name, value in table.items() if name.startswith("DE ")}
     out = {_name(name): float(value) for name, value in scores.items() if name in MONITORS}
     return out | {"validation_loss": float(np.average(losses, weights=sizes))}

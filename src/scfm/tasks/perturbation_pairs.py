@@ -62,7 +62,8 @@ class PerturbationPairs:
     Raises
     ------
     ValueError
-        If sizes differ, or a cell is paired with none of the control cells.
+        If sizes differ, a cell is paired with none of the control cells, or a control cell with another cell, as after cells
+        were reordered.
     """
 
     expression: csr_matrix
@@ -80,6 +81,13 @@ class PerturbationPairs:
             raise ValueError(msg)
         if (self.controls < 0).any() or (self.controls >= n_cells).any() or (self.codes[self.controls] != 0).any():
             msg = "each cell has to be paired with the number of a control cell; run scfm.pp.perturbation_setup again"
+            raise ValueError(msg)
+        own = np.flatnonzero(self.codes == 0)
+        if (self.controls[own] != own).any():
+            msg = (
+                "control cells have to be paired with themselves, but the cells are in another order than when they were paired; "
+                "run scfm.pp.perturbation_setup again"
+            )
             raise ValueError(msg)
 
     @cached_property

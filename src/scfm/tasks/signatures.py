@@ -143,6 +143,7 @@ def _texts(values: Sequence[object] | np.ndarray, what: str) -> list[str]:
 
 
 def _parsed(text: str) -> tuple[float | None, str]:
-    """Number and unit of an amount; no number where it is none."""
+    """Number and unit of an amount, with u for micro; no number where it is none."""
     found = _AMOUNT.fullmatch(text)
-    return (float(found[1]), found[2].casefold()) if found else (None, text)
+    # the sign for micro and the Greek letter are the same when case is folded
+    return (float(found[1]), found[2].casefold().replace("\N{GREEK SMALL LETTER MU}", "u")) if found else (None, text)

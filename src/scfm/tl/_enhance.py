@@ -9,6 +9,7 @@ import numpy as np
 from .. import _keys, _logging
 from .._depth import DepthTarget
 from .._docs import shared_parameters
+from ..backbones._task_weights import weights_for
 from ._inputs import check_can_hold_results, load_backbone, prepared, result_name
 from ._predicted import check_wanted, columns_to_predict, predict_into
 
@@ -84,8 +85,8 @@ def enhance(
     key_added
         Name of the slots; by default ``"enhanced"``.
     weights
-        Which weights of a checkpoint that holds several; of the released scFoundation the authors take ``"gene"`` for
-        expression.
+        Which weights of a checkpoint that holds several; by default those the authors take for expression (``"gene"`` for
+        scFoundation), if ``model`` is the name of a released one.
     {genes_of_data}
     {compute}
     out
@@ -144,7 +145,7 @@ def enhance(
     --------
     >>> import scanpy as sc, scfm
     >>> adata = sc.read_h5ad("pbmc.h5ad")  # doctest: +SKIP
-    >>> scfm.tl.enhance(adata, model="scfoundation", weights="gene", fold=5)  # doctest: +SKIP
+    >>> scfm.tl.enhance(adata, model="scfoundation", fold=5)  # doctest: +SKIP
     >>> known = ~np.isnan(adata.layers["enhanced"]).all(0)  # doctest: +SKIP
     >>> sc.pp.pca(adata[:, known].copy(), layer="enhanced")  # doctest: +SKIP
     """
@@ -152,6 +153,7 @@ def enhance(
     adata = adata.copy() if copy else adata
     depth = DepthTarget.of(target, fold)
     check_wanted(genes, out=out, duplicates=duplicates)
+    weights = weights_for(model, "expression") if weights is None else weights
     backbone = load_backbone(model, device=device, precision=precision, weights=weights)
     for capability in ("enhances_depth", "reconstructs"):
         backbone.require(capability)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from ._responses import Predictor
 
+_SHOWN = 10
+_MIN_MEAN = 0.1
 _CALLS = ("synergy", "suppressor")
 _MAGNITUDES = {"theil-sen": "magnitude", "least squares": "magnitude (least squares)"}
 
@@ -33,7 +35,7 @@ def genetic_interactions(
     control: AnnData | None = None,
     n_cells: int = 300,
     genes: Sequence[str] | None = None,
-    min_mean: float = 0.1,
+    min_mean: float | None = None,
     n_de_genes: int = 50,
     n_calls: int = 15,
     key_added: str = _keys.INTERACTIONS,
@@ -55,7 +57,7 @@ def genetic_interactions(
     model
         A trained model or several, as in :func:`scfm.tl.perturb`; without one, measured pairs only.
     pairs
-        Pairs to look at; by default those that are measured, with both genes measured alone.
+        Pairs to look at; by default those that are measured, with both genes measured alone (others are named in a warning).
     singles
         Whether predicted pairs are compared with ``"measured"`` single effects (as scLong does for all methods), or with
         ``"predicted"`` ones (as GEARS does, and for pairs of genes that are not measured alone).
@@ -66,8 +68,8 @@ def genetic_interactions(
     genes
         Genes for the robust fit; by default all with ``min_mean``. GEARS uses 2,967 with many counts.
     min_mean
-        Leave genes with a smaller mean in control cells out of the robust fit. Genes that hardly any cell expresses draw it to
-        zero: where they are the most, the magnitudes of all pairs vanish.
+        Leave genes with a smaller mean in control cells out of the robust fit; by default 0.1, and no limit for ``genes`` that are
+        given. Genes that hardly any cell expresses draw it to zero: where they are the most, the magnitudes of all pairs vanish.
     n_de_genes
         At most so many genes that change most for least squares, as far as :func:`scfm.pp.perturbation_setup` kept them
         (``n_de_genes=50`` there, for the published form); all genes for pairs that are not measured.
@@ -94,7 +96,8 @@ def genetic_interactions(
     Raises
     ------
     ValueError
-        If there is no pair to look at, or a gene cannot be perturbed.
+        If there is no pair to look at, one of ``pairs`` has a gene that was not measured alone (without ``singles="predicted"``) or
+        is neither measured nor predicted, or a gene cannot be perturbed.
     KeyError
         If a gene is not in the data.
 
@@ -113,6 +116,11 @@ def genetic_interactions(
     models = [] if model is None else open_models(model)
     there = set(measured.means.index)
     chosen = _pairs(pairs, there, {str(gene) for one in models for gene in one.perturbable}, singles)
+    if not models and (missing := [name for name in chosen if name not in there]):
+        msg = f"without a model only measured pairs can be looked at; these are not: {', '.join(missing[:_SHOWN])}"
+        raise ValueError(msg)
+    if min_mean is None:
+        min_mean = _MIN_MEAN if genes is None else 0.0
     check_can_hold_results(adata)
     adata = adata.copy() if copy else adata
     seed = seed_of(rng)
@@ -143,12 +151,6 @@ def genetic_interactions(
                 | genetic_interaction(*(part.to_numpy()[robust] for part in parts))
                 | {f"{measure} (least squares)": value for measure, value in squares.items()}
             )
-    if not rows:
-        msg = (
-            "no pair has both genes measured alone; give pairs= and singles='predicted' with a model, or data with more single "
-            "perturbations"
-        )
-        raise ValueError(msg)
     table = _called(pd.DataFrame(rows), n_calls)
     params: dict[str, Any] = {
         "singles": singles,
@@ -172,17 +174,24 @@ def _singles(pairs: Sequence[str]) -> list[str]:
 def _pairs(pairs: Sequence[str] | None, measured: set[str], known: set[str], singles: str) -> list[str]:
     """Canonical names of the pairs, or the measured ones."""
     if pairs is None:
-        chosen = [name for name in measured if len(genes_of(name)) == 2]
-        if singles == "measured":
-            chosen = [name for name in chosen if set(genes_of(name)) <= measured]
-        chosen = sorted(chosen)
+        chosen = sorted(name for name in measured if len(genes_of(name)) == 2)
     else:
         chosen = list(dict.fromkeys(canonical(parse_perturbation(name, known=known | measured)) for name in pairs))
     if wrong := [name for name in chosen if len(genes_of(name)) != 2]:
-        msg = f"an interaction has two genes; these have not: {', '.join(wrong[:10])}"
+        msg = f"an interaction has two genes; these have not: {', '.join(wrong[:_SHOWN])}"
         raise ValueError(msg)
+    lost = [name for name in chosen if singles == "measured" and not set(genes_of(name)) <= measured]
+    if lost:
+        what = f"a gene that was not measured alone: {', '.join(lost[:_SHOWN])}{' ...' if len(lost) > _SHOWN else ''}"
+        if pairs is not None:
+            msg = f"these pairs have {what}; compare them with singles='predicted' and a model, or leave them out"
+            raise ValueError(msg)
+        _logging.warning(f"{len(lost):,} measured pairs are left out, because they have {what}")
+        chosen = [name for name in chosen if name not in lost]
     if not chosen:
-        msg = "there is no measured pair with both genes measured alone; give pairs="
+        msg = (
+            "there is no measured pair with both genes measured alone; give pairs= and singles='predicted' with a model"
+        )
         raise ValueError(msg)
     return chosen
 
@@ -192,7 +201,7 @@ def _robust_genes(measured: Measured, genes: Sequence[str] | None, min_mean: flo
     kept = (measured.means.loc[CONTROL] >= min_mean).to_numpy()
     if genes is not None:
         if unknown := sorted(set(map(str, genes)) - set(names)):
-            msg = f"the data have no gene {', '.join(unknown[:10])}"
+            msg = f"the data have no gene {', '.join(unknown[:_SHOWN])}"
             raise KeyError(msg)
         kept &= names.isin(list(map(str, genes)))
     if kept.sum() < 3:

@@ -11,8 +11,7 @@ from scipy import sparse
 from .. import _keys, _logging
 from .._docs import shared_parameters
 from .._optional import require
-from ..backbones import Backbone, backbone_class, backbone_kinds
-from ..checkpoints._registry import find
+from ..backbones._task_weights import tell_other_weights, weights_for
 from ..models import BatchIntegrator
 from ..models._batch_field import batch_names, check_several
 from ..models._variable_genes import among_chosen, variable_genes
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
     from .._settings import Precision
+    from ..backbones import Backbone
     from ..tasks.integration import Objective
     from ._inputs import Aliases, Model
 
@@ -132,7 +132,7 @@ def integrate(
     ``.obsm["X_<model>_integrated"]``
         Embedding, float32. Cells without any gene that the model knows have NaN.
     ``.uns["<model>_integrated"]``
-        Arguments (``params``), checkpoint, share of genes matched, package version.
+        Arguments (``params``), checkpoint (the one that training started from), share of genes matched, package version.
     ``.obsp["<model>_integrated_neighbors_connectivities"]``, ``.obsp["<model>_integrated_neighbors_distances"]``, \
     ``.uns["<model>_integrated_neighbors"]``
         For ``"bbknn"``, the graph, as :func:`scanpy.pp.neighbors` writes it with ``key_added``; to be named as
@@ -261,16 +261,10 @@ def _check_sizes(batches: NDArray, batch_key: str, wanted: int) -> None:
 
 def _load(model: Model, *, device: str, precision: str, weights: str | None) -> Backbone:
     """The model, with the weights its authors integrate with where that can be chosen."""
-    entry = find(model) if isinstance(model, str) else None
-    if weights is None and entry is not None and entry.backbone in backbone_kinds():
-        wanted = backbone_class(entry.backbone).zero_shot("integration").weights
-        weights = wanted if wanted in entry.weights else None
-    backbone = load_backbone(model, device=device, precision=precision, weights=weights)
-    wanted, loaded = backbone.zero_shot("integration").weights, backbone.provenance.weights
-    if weights is None and wanted and loaded and loaded != wanted:
-        _logging.warning(
-            f"{backbone.name} was loaded with weights={loaded!r}; its authors integrate with weights={wanted!r}"
-        )
+    chosen = weights_for(model, "integration") if weights is None else weights
+    backbone = load_backbone(model, device=device, precision=precision, weights=chosen)
+    if weights is None:
+        tell_other_weights(backbone, "integration", "integrate")
     return backbone
 
 
@@ -307,7 +301,9 @@ def _trained_record(model: BatchIntegrator, layer: str | None, params: dict[str,
         "loss_options": learner.options or None,
     }
     where = "adata.X" if layer is None else f"layer {layer!r}"
-    return result_name(backbone), run_record(backbone, where, model._align(model.adata), params)
+    record = run_record(backbone, where, model._align(model.adata), params)
+    record["checkpoint"]["sha256"] = backbone.provenance.start_sha256
+    return result_name(backbone), record
 
 
 # -- graph ---------------------------------------------------------------------------------------------------------------

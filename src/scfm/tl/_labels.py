@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from pandas.api.types import infer_dtype, is_bool_dtype, is_numeric_dtype
+from pandas.api.types import infer_dtype, is_bool_dtype, is_integer_dtype, is_numeric_dtype
 
 from .. import _keys
+from .._label_names import hold_numbers, label_names
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -37,7 +38,7 @@ class Labels:
     ordered: bool = False
 
     @classmethod
-    def of(cls, obs: pd.DataFrame, key: str, what: str) -> Labels:
+    def of(cls, obs: pd.DataFrame, key: str, what: str, *, whole_numbers: bool = False) -> Labels:
         """Labels of a column of ``obs``.
 
         Parameters
@@ -48,13 +49,15 @@ class Labels:
             Name of the column.
         what
             Name of the object, for messages.
+        whole_numbers
+            Whether whole numbers are labels, too, such as those of clusters.
 
         Raises
         ------
         KeyError
             If there is no such column.
         TypeError
-            If the column holds numbers.
+            If the column holds numbers, or numbers that are not whole.
         ValueError
             If no cell has a label.
         """
@@ -66,16 +69,19 @@ class Labels:
             msg = f"no cell of {what} has a label in obs[{key!r}]"
             raise ValueError(msg)
         if not isinstance(column.dtype, pd.CategoricalDtype):
-            _check_kind(column, what)
+            column = _whole(column) if whole_numbers else column
+            _check_kind(column, what, whole_numbers=whole_numbers)
             column = column.astype("category")
-        categorical = column.array
-        return cls(np.asarray(categorical.codes), categorical.categories, bool(categorical.ordered))
+        categorical, categories = column.array, column.cat.categories
+        if is_integer_dtype(categories):  # files cannot hold pandas' own integers here
+            categories = categories.astype(np.int64)
+        return cls(np.asarray(categorical.codes), categories, bool(categorical.ordered))
 
     @property
     def names(self) -> list[str]:
         """The labels as column names: text, each once, without the slash that HDF5 and zarr do not allow."""
         names: dict[str, None] = {}
-        for label in map(str, self.categories):
+        for label in label_names(self.categories):
             name = base = label.replace("/", "_")
             number = 1
             while name in names:
@@ -84,7 +90,17 @@ class Labels:
         return list(names)
 
 
-def _check_kind(column: pd.Series, what: str) -> None:
+def _whole(column: pd.Series) -> pd.Series:
+    """Whole numbers as integers, some of which may be missing; any other column as it is."""
+    if not hold_numbers(column):
+        return column
+    numbers = pd.to_numeric(column).astype("Float64")
+    return numbers.astype("Int64") if (numbers.dropna() % 1 == 0).all() else column
+
+
+def _check_kind(column: pd.Series, what: str, *, whole_numbers: bool) -> None:
+    if whole_numbers and is_integer_dtype(column):
+        return
     if is_numeric_dtype(column) and not is_bool_dtype(column):
         msg = (
             f"obs[{column.name!r}] of {what} holds numbers, for which cells cannot vote; "
@@ -128,7 +144,7 @@ def write_labels(
     adata.obsm[_keys.probabilities(key)] = pd.DataFrame(
         votes.probabilities, index=adata.obs_names, columns=labels.names
     )
-    adata.uns[key] = {**record, "labels": np.asarray(list(map(str, labels.categories)))}
+    adata.uns[key] = {**record, "labels": np.asarray(label_names(labels.categories).to_list())}
     return (
         f"\n    {key!r}, labels (adata.obs)\n    {_keys.confidence(key)!r}, confidence (adata.obs)"
         f"\n    {_keys.probabilities(key)!r}, probabilities (adata.obsm)\n    {key!r}, record of the run (adata.uns)"

@@ -61,7 +61,7 @@ def perturb(
     perturbations
         Genes to perturb, several of one perturbation joined by ``+``.
     model
-        A trained :class:`scfm.models.GeneticPerturbation`, the folder that one was saved to, or any object with
+        A trained :class:`scfm.models.GeneticPerturbation`, the folder that one was saved to, or any object with its
         ``iter_predictions`` and ``perturbable``. Of several models (trained with other seeds) the mean is taken, and how far they
         differ is in the summary.
     layer

@@ -107,7 +107,8 @@ def perturbation_atlas(
     )
     used = np.ones(atlas.n_vars, dtype=bool)
     if drop_perturbed:
-        used = ~atlas.var_names.isin(sorted({gene for some in members for gene in some}))
+        perturbed = sorted({gene for some in members for gene in some})
+        used = ~(cells.var_names.isin(perturbed) | np.isin(_symbols(adata, cells).astype(str), perturbed))
     if not used.any():
         msg = "all genes of the data are perturbed, so that nothing is left to arrange by; use drop_perturbed=False"
         raise ValueError(msg)
@@ -122,6 +123,13 @@ def perturbation_atlas(
     atlas.uns[_keys.ATLAS] = {"params": params, "clusters": clusters, "scfm_version": __version__}
     _logging.info(f"    {len(clusters):,} clusters", time=start)
     return atlas
+
+
+def _symbols(adata: AnnData, cells: AnnData) -> np.ndarray:
+    """Names by which the genes of control cells are perturbed; cells from elsewhere need not know how they were set up."""
+    from ..models._perturbation_data import gene_symbols_of
+
+    return gene_symbols_of(adata if cells.var_names.equals(adata.var_names) else cells)
 
 
 def _arrange(atlas: AnnData, used: np.ndarray, n_neighbors: int, resolution: float, seed: int) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import _keys, _logging
 from .._docs import shared_parameters
+from ..backbones._task_weights import weights_for
 from ._inputs import check_can_hold_results, load_backbone, prepared, result_name
 from ._predicted import check_wanted, columns_to_predict, predict_into
 
@@ -68,7 +69,8 @@ def reconstruct(
     key_added
         Name of the slots; by default ``"<model>_reconstructed"``.
     weights
-        Which weights of a checkpoint that holds several.
+        Which weights of a checkpoint that holds several; by default those the authors take for expression, if ``model`` is
+        the name of a released one.
     {genes_of_data}
     {compute}
     out
@@ -108,6 +110,7 @@ def reconstruct(
     check_can_hold_results(adata)
     adata = adata.copy() if copy else adata
     check_wanted(genes, out=out, duplicates=duplicates)
+    weights = weights_for(model, "expression") if weights is None else weights
     backbone = load_backbone(model, device=device, precision=precision, weights=weights)
     backbone.require("reconstructs")
     key = key_added or _keys.reconstruction(result_name(backbone))

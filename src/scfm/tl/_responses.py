@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from inspect import signature
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pandas as pd
 
-from .. import _keys
+from .. import _keys, _logging
 from ..tasks.perturbation_data import CONTROL, canonical, genes_of, parse_perturbation
 
 if TYPE_CHECKING:
@@ -24,7 +25,11 @@ _BLOCK_VALUES = 2**21
 
 
 class ResponseModel(Protocol):
-    """A model for perturbations: :class:`scfm.models.GeneticPerturbation`, or anything with these two."""
+    """A model for perturbations: :class:`scfm.models.GeneticPerturbation`, or anything with these two.
+
+    One that has an answer for every gene, also for those of which it knows nothing, says so with a true attribute
+    ``answers_for_any_gene``.
+    """
 
     @property
     def perturbable(self) -> pd.Index:
@@ -67,6 +72,13 @@ def _opened(model: Any) -> ResponseModel:
             f"that one was saved to"
         )
         raise TypeError(msg)
+    accepted = signature(model.iter_predictions).parameters.values()
+    if not any(one.name == "seed" or one.kind is one.VAR_KEYWORD for one in accepted):
+        msg = (
+            f"{type(model).__name__} is no model for perturbed genes: its iter_predictions takes no seed=. Treatments are predicted "
+            f"with model.predict(treatment, control_cells)"
+        )
+        raise TypeError(msg)
     return model
 
 
@@ -76,7 +88,7 @@ def named(perturbations: str | Iterable[str], models: Sequence[ResponseModel]) -
     Raises
     ------
     ValueError
-        If there are none, or a model cannot perturb a gene.
+        If there are none, or a model cannot perturb a gene and does not answer for any.
     """
     given = [perturbations] if isinstance(perturbations, str) else list(perturbations)
     known = set(map(str, models[0].perturbable))
@@ -87,9 +99,12 @@ def named(perturbations: str | Iterable[str], models: Sequence[ResponseModel]) -
     genes = pd.Index(sorted({gene for name in names for gene in genes_of(name)}))
     for model in models:
         if unable := list(genes[~genes.isin(pd.Index(model.perturbable).astype(str))]):
-            more = f" and {len(unable) - _SHOWN} more" if len(unable) > _SHOWN else ""
+            shown = ", ".join(unable[:_SHOWN]) + (f" and {len(unable) - _SHOWN} more" if len(unable) > _SHOWN else "")
+            if getattr(model, "answers_for_any_gene", False):
+                _logging.info(f"    the model knows nothing about {shown}; they have the change that it takes for all")
+                continue
             msg = (
-                f"the model cannot perturb {', '.join(unable[:_SHOWN])}{more}; model.perturbable has the {len(model.perturbable):,} "
+                f"the model cannot perturb {shown}; model.perturbable has the {len(model.perturbable):,} "
                 f"genes that it can"
             )
             raise ValueError(msg)
@@ -216,10 +231,13 @@ class Measured:
         ``(perturbations, genes)``, with ``"ctrl"``.
     de_genes
         Genes that change most, by perturbation, the first first.
+    non_dropout_de_genes
+        The same without those that only were not detected.
     """
 
     means: pd.DataFrame
     de_genes: dict[str, np.ndarray]
+    non_dropout_de_genes: dict[str, np.ndarray]
 
     @classmethod
     def of(cls, adata: AnnData) -> Measured:
@@ -235,7 +253,13 @@ class Measured:
             msg = "measured responses are missing: run scfm.pp.perturbation_setup(adata, perturbation_key=..., control=...)"
             raise ValueError(msg)
         names, genes = (np.asarray(record[name], dtype=str) for name in ("names", "genes"))
-        table = record["de_genes"]
-        groups = table["gene"].astype(str).groupby(table["perturbation"].astype(str).to_numpy(), sort=False)
         means = pd.DataFrame(np.asarray(record["means"], dtype=np.float64), index=pd.Index(names), columns=genes)
-        return cls(means, {name: part.to_numpy() for name, part in groups})
+        return cls(means, *(_by_perturbation(record.get(name)) for name in ("de_genes", "non_dropout_de_genes")))
+
+
+def _by_perturbation(table: pd.DataFrame | None) -> dict[str, np.ndarray]:
+    """Genes of a table of the setup by perturbation."""
+    if table is None:
+        return {}
+    groups = table["gene"].astype(str).groupby(table["perturbation"].astype(str).to_numpy(), sort=False)
+    return {name: part.to_numpy() for name, part in groups}

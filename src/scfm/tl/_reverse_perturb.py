@@ -9,7 +9,7 @@ import pandas as pd
 
 from .. import __version__, _keys, _logging
 from ..tasks.neighbors import find_neighbors
-from ..tasks.perturbation_data import CONTROL, genes_of
+from ..tasks.perturbation_data import CONTROL, canonical_of, genes_of
 from ._inputs import check_can_hold_results, seed_of
 from ._responses import candidate_names, control_cells, expression, mean_profiles, open_models, predictions, some_cells
 
@@ -56,7 +56,8 @@ def reverse_perturb(
     candidates
         Perturbations to choose among; by default all of one and of two of ``genes``.
     target
-        Groups to explain; by default all perturbations of the data. A group can be anything, such as a healthy state.
+        Groups to explain; by default all perturbations of the data, which can be named in any usual spelling. A group can be
+        anything, such as a healthy state.
     groupby
         Column of ``obs`` with the groups. With the one of :func:`scfm.pp.perturbation_setup`, answers are compared with what was
         done.
@@ -175,6 +176,9 @@ def _targets(target: str | Sequence[str] | None, labels: np.ndarray, groupby: st
     if target is None:
         return there
     chosen = [target] if isinstance(target, str) else list(map(str, target))
+    if groupby == _keys.PERTURBATION_OF_CELL:
+        known = {gene for name in there for gene in genes_of(name)}
+        chosen = [name if name in there else canonical_of(name, known) for name in chosen]
     if unknown := [name for name in chosen if name not in set(labels)]:
         msg = f"obs[{groupby!r}] has no group {', '.join(unknown[:10])}; there are {', '.join(there[:10])}"
         raise KeyError(msg)

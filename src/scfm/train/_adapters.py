@@ -37,7 +37,7 @@ def add_lora(
     rank: int = 8,
     alpha: float = 16,
     dropout: float = 0.0,
-    targets: Sequence[str] = ("attention", "ffn"),
+    targets: str | Sequence[str] = ("attention", "ffn"),
     seed: int = 0,
 ) -> Backbone:
     """Put low-rank adapters around linear maps of a backbone, in place.
@@ -58,7 +58,7 @@ def add_lora(
         Dropout on the input of the adapters in training.
     targets
         Parts of the network that get adapters: those of the backbone's ``lora_targets`` (``"attention"`` and
-        ``"ffn"``), or regular expressions for whole names of its linear maps.
+        ``"ffn"``), or regular expressions for whole names of its linear maps; one of them or several.
     seed
         Seed of ``A``. The global random state is neither used nor changed.
 
@@ -234,8 +234,9 @@ def _require_adapters(backbone: Backbone) -> None:
         raise ValueError(msg)
 
 
-def _targets(backbone: Backbone, targets: Sequence[str]) -> tuple[list[str], list[str]]:
+def _targets(backbone: Backbone, targets: str | Sequence[str]) -> tuple[list[str], list[str]]:
     """Names of the linear layers, and of the matrices in other modules, that get adapters."""
+    targets = [targets] if isinstance(targets, str) else list(targets)
     if not backbone.lora_targets:
         msg = f"{backbone.kind} names no maps for adapters; a backbone class does that in lora_targets"
         raise UnsupportedError(msg)
@@ -250,7 +251,7 @@ def _targets(backbone: Backbone, targets: Sequence[str]) -> tuple[list[str], lis
         elif _is_matrix(getattr(part, "weight", None)):
             packed.append(f"{name}.weight")
     if not linear and not packed:
-        msg = f"targets={list(targets)} match no linear map of {backbone.kind}; its parts are {', '.join(named)}"
+        msg = f"targets={targets} match no linear map of {backbone.kind}; its parts are {', '.join(named)}"
         raise ValueError(msg)
     return linear, packed
 

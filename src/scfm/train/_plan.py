@@ -103,6 +103,7 @@ class TrainingPlan(LightningModule):
         self.steps_per_epoch = steps_per_epoch
         self.per_step = per_step
         self.first_step = first_step
+        self._redraw_every = self.optimization.redraw_steps(backbone.config, per_step)
         self._unsharded: list[nn.Parameter] = []
         self._period = self._period_of(max(0, first_step - 1))
 
@@ -168,8 +169,7 @@ class TrainingPlan(LightningModule):
     # -- random features ---------------------------------------------------------------------------------------------
 
     def _period_of(self, step: int) -> int:
-        every = self.optimization.redraw_every
-        return 0 if every is None else step // every
+        return 0 if self._redraw_every is None else step // self._redraw_every
 
     def _redraw_features(self, step: int) -> None:
         """New random features of Performers when it is time, the same in all processes."""
@@ -231,7 +231,8 @@ class PretrainingPlan(TrainingPlan):
     objective
         Options of the backbone's objective.
     objective_from
-        Options that change on the way, by the first step they are for. Held-out cells are judged by the last ones.
+        Options that change on the way, by the first step they are for, counted from 0. Held-out cells are judged by
+        the last ones.
     run
         Where and how the run proceeds, see :class:`TrainingPlan`.
     """
@@ -246,11 +247,12 @@ class PretrainingPlan(TrainingPlan):
         objective_from: Mapping[int, Mapping[str, Any]] | None = None,
         **run: Any,
     ) -> None:
-        backbone.require("pretrains")
         super().__init__(backbone, backbone.module, optimization, **run)
         self.genes = genes
         self.objective = dict(objective or {})
         self.objective_from = dict(sorted((objective_from or {}).items()))
+        for options in (self.objective, *self.objective_from.values()):
+            backbone.check_objective(options)
 
     def make_tokens(self, counts: csr_matrix, generator: torch.Generator, stage: Stage) -> TokenBatch:
         """Tokens as the objective expects them."""

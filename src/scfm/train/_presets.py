@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from ..nn.retention import PackedLinear
+from ._numbers import integer, real
 from ._sharding import fill, whole
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ Clip = Literal["norm", "value", "tensor"]
 Schedule = Literal["constant", "linear", "cosine", "cosine_restarts", "steps"]
 Unit = Literal["step", "epoch"]
 
+_REALS = ("learning_rate", "eps", "weight_decay", "clip_value", "min_rate", "gamma", "cycle_factor")
+_INTEGERS = {"warmup_steps": 0, "step_size": 1, "cycle": 1}
 _TINY = 1e-12
 _TORCH_EPSILON = 1e-6
 
@@ -64,12 +67,14 @@ class Optimization:
     cycle, cycle_factor
         Length of the first cycle of ``"cosine_restarts"``, warm-up included, and growth of the rest of a cycle.
     redraw_every
-        New random features of Performers are drawn after so many optimiser steps; ``None`` for never.
+        New random features of Performers are drawn after so many optimiser steps; ``None`` for never; ``"config"`` after
+        as many forward passes, of all processes together, as ``redraw_every`` of the network's config says, rounded up
+        to whole steps, and never if there is no such number.
 
     Raises
     ------
     ValueError
-        If a choice is unknown or a number makes no sense.
+        If a choice is unknown, or a number is none or makes no sense.
     """
 
     optimizer: OptimizerName = "adamw"
@@ -88,9 +93,15 @@ class Optimization:
     gamma: float = 1.0
     cycle: int = 1
     cycle_factor: float = 1.0
-    redraw_every: int | None = None
+    redraw_every: int | Literal["config"] | None = None
 
     def __post_init__(self) -> None:
+        for name in _REALS:
+            object.__setattr__(self, name, real(name, getattr(self, name)))
+        for name, least in _INTEGERS.items():
+            object.__setattr__(self, name, integer(name, getattr(self, name), least=least))
+        if self.redraw_every not in (None, "config"):
+            object.__setattr__(self, "redraw_every", integer("redraw_every", self.redraw_every, least=1))
         for name, choices in (("optimizer", OptimizerName), ("schedule", Schedule), ("unit", Unit)):
             if getattr(self, name) not in get_args(choices):
                 msg = f"{name} must be one of {', '.join(get_args(choices))}; got {getattr(self, name)!r}"
@@ -104,30 +115,63 @@ class Optimization:
         if self.schedule == "cosine_restarts" and not 0 <= self.warmup_steps < self.cycle:
             msg = f"a cycle of {self.cycle} cannot hold a warm-up of {self.warmup_steps}"
             raise ValueError(msg)
-        if self.step_size < 1 or self.warmup_steps < 0 or (self.redraw_every is not None and self.redraw_every < 1):
-            msg = "step_size and redraw_every must be at least 1, warmup_steps at least 0"
-            raise ValueError(msg)
         # YAML has lists only
-        object.__setattr__(self, "betas", tuple(self.betas))
+        object.__setattr__(self, "betas", tuple(real("betas", beta) for beta in self.betas))
         object.__setattr__(self, "no_decay", tuple(self.no_decay))
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Optimization:
-        """Build from a mapping; ``preset`` names an entry of :data:`OPTIMIZATIONS` that the other fields change.
+    def from_dict(cls, values: Mapping[str, Any], default: Optimization | None = None) -> Optimization:
+        """Build from a mapping of fields.
+
+        Parameters
+        ----------
+        values
+            Fields, and as ``preset`` the name of an entry of :data:`OPTIMIZATIONS` that they change.
+        default
+            What they change without a ``preset``.
 
         Raises
         ------
         ValueError
-            If the preset or a field is unknown.
+            If the preset or a field is unknown, or a value makes no sense.
         """
         values = dict(values)
-        base = preset(values.pop("preset")) if "preset" in values else cls()
+        base = preset(values.pop("preset")) if "preset" in values else default or cls()
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             msg = f"optimization has no field {', '.join(unknown)}; it has preset, {', '.join(sorted(known))}"
             raise ValueError(msg)
         return replace(base, **values)
 
+    def redraw_steps(self, config: Any, per_step: int) -> int | None:
+        """Optimiser steps between two draws of random features; ``None`` for never.
+
+        Parameters
+        ----------
+        config
+            Hyper-parameters of the network.
+        per_step
+            Forward passes of all processes in one step.
+        """
+        if self.redraw_every != "config":
+            return self.redraw_every
+        calls = getattr(config, "redraw_every", None)
+        return None if calls is None else max(1, -(-int(calls) // per_step))
+
+
+_SCLONG = Optimization(
+    optimizer="adam",
+    learning_rate=5e-5,
+    clip="norm",
+    clip_value=100.0,
+    schedule="cosine_restarts",
+    warmup_steps=5,
+    min_rate=1e-6,
+    cycle=15,
+    cycle_factor=2.0,
+    gamma=0.9,
+    redraw_every="config",
+)
 
 OPTIMIZATIONS: dict[str, Optimization] = {
     "scgpt": Optimization(
@@ -150,23 +194,11 @@ OPTIMIZATIONS: dict[str, Optimization] = {
     "cellfm-tutorials": Optimization(
         optimizer="adam", learning_rate=1e-4, weight_decay=1e-5, clip="value", clip_value=2.0
     ),
-    # of 1000 micro-batches between two redraws, 200 make a step
-    "sclong": Optimization(
-        optimizer="adam",
-        learning_rate=5e-5,
-        clip="norm",
-        clip_value=100.0,
-        schedule="cosine_restarts",
-        unit="epoch",
-        warmup_steps=5,
-        min_rate=1e-6,
-        cycle=15,
-        cycle_factor=2.0,
-        gamma=0.9,
-        redraw_every=5,
-    ),
+    "sclong": _SCLONG,
+    # the authors step the schedule after each epoch, so that the paper's five epochs never leave the warm-up
+    "sclong-code": replace(_SCLONG, unit="epoch"),
 }
-"""Optimiser and schedule of each paper's code, by name of the backbone."""
+"""Optimiser and schedule of each paper, by name of the backbone; further names are those of its code or tutorials."""
 
 
 def preset(name: str) -> Optimization:

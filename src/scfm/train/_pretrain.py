@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from .. import _logging as logg
+from .._errors import UnsupportedError
 from .._settings import settings
 from ..checkpoints._files import write_text
 from ._cells import Cells
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from ._plan import MicroBatch, PretrainingPlan
 
 _BLOCK_ON_DISK = 128
+_CELLS_AT_ONCE = 1024
 # how a run is computed, not what: these fields may change when it goes on
 _MAY_CHANGE = {
     *("name", "sources", "max_steps", "max_epochs", "accumulate", "log_every", "validate_every", "save_every"),
@@ -123,7 +125,10 @@ def pretrain(
     FileNotFoundError
         If ``resume=True`` and there is no unfinished run in ``out``.
     ValueError
-        If the run in ``out`` is another one, the data are no counts, or there are too few cells.
+        If the run in ``out`` is another one, the data are no counts, there are too few cells, or none of them has
+        enough expressed genes.
+    UnsupportedError
+        If the network needs the batch of each cell.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
     recipe = recipe.changed(
@@ -171,9 +176,14 @@ class _Run:
         if trainer.world_size > 1 and out is None:
             msg = "a run of several processes needs a folder: give out="
             raise ValueError(msg)
+        if resume is True and out is None:
+            msg = "an unfinished run is looked for in a folder: give out= with resume=True"
+            raise ValueError(msg)
         backbone = new_backbone(recipe)
+        _check_objective(recipe, backbone)
         cells = Cells(recipe.sources, backbone.vocab, recipe.layer, recipe.in_memory)
         training, held_out = _divided(cells.n_cells, recipe)
+        _check_usable(recipe, cells, training)
         order = _order(recipe, cells, training, trainer.world_size * recipe.accumulate)
         total_steps = recipe.max_steps or (recipe.max_epochs or 0) * order.steps_per_epoch
         if total_steps < 1:
@@ -197,13 +207,20 @@ class _Run:
             optimization,
             genes=self.cells.genes,
             objective=recipe.objective,
-            objective_from=recipe.objective_from,
+            objective_from=self._objective_from(),
             seed=recipe.seed,
             total_steps=self.total_steps,
             steps_per_epoch=self.order.steps_per_epoch,
             per_step=self.order.lanes,
             first_step=self.state.step,
         )
+
+    def _objective_from(self) -> dict[int, dict[str, Any]]:
+        """Options of the objective by the first step they are for."""
+        recipe = self.recipe
+        if recipe.objective or recipe.objective_from or recipe.checkpoint is not None:
+            return recipe.objective_from
+        return dict(self.backbone.objective_schedule)
 
     def keeper(self, plan: PretrainingPlan, loggers: Sequence[Any], progress: bool) -> RunKeeper:
         from ._keeper import RunKeeper
@@ -276,6 +293,31 @@ class _Run:
         starts = range(0, counts.shape[0], recipe.batch_size)
         parts = [MicroBatch(i, counts[start : start + recipe.batch_size]) for i, start in enumerate(starts)]
         return [MicroBatch(part.number, plan.tokens(part, "validation")) for part in parts]
+
+
+def _check_objective(recipe: Recipe, backbone: Backbone) -> None:
+    """Raise unless the objective can be computed from counts, with the options of the recipe."""
+    for options in (recipe.objective, *recipe.objective_from.values()):
+        backbone.check_objective(options)
+    if backbone.needs_batch_labels:
+        msg = (
+            f"this {backbone.kind} network sees the batch of each cell, which a recipe has no place for; pre-train it "
+            f"without batches, or train it as one of scfm.models on data with a batch_key"
+        )
+        raise UnsupportedError(msg)
+
+
+def _check_usable(recipe: Recipe, cells: Cells, training: np.ndarray) -> None:
+    """Raise if no cell would be trained on; normally the first block that is read holds one."""
+    for start in range(0, len(training), _CELLS_AT_ONCE):
+        counts = cells.read(training[start : start + _CELLS_AT_ONCE])
+        if (cells.known_genes(counts) >= recipe.min_genes).any():
+            return
+    msg = (
+        f"none of the {len(training):,} cells to train on has {recipe.min_genes:,} expressed genes of the vocabulary; lower "
+        "min_genes, or check the names of the genes"
+    )
+    raise ValueError(msg)
 
 
 def _divided(n_cells: int, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:

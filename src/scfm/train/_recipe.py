@@ -8,9 +8,17 @@ from typing import Any, Literal
 
 import yaml
 
+from ._numbers import integer, real
 from ._presets import OPTIMIZATIONS, Optimization
+from ._trainer import choose_precision
 
 _PATHS = ("genes", "annotations")
+_LEAST = {
+    **dict.fromkeys(("n_genes", "max_steps", "max_epochs", "batch_size", "tokens_per_batch", "accumulate"), 1),
+    **dict.fromkeys(("log_every", "validate_every", "save_every", "block_size", "buffer_cells"), 1),
+    **dict.fromkeys(("validation_cells", "min_genes", "readers", "seed"), 0),
+}
+_REALS = ("measured_share", "gene_vector_norm", "validation_share")
 
 
 @dataclass(frozen=True)
@@ -60,9 +68,11 @@ class Recipe:
         Optimiser, clipping and schedule: fields of :class:`Optimization`, among them ``preset``, by default the kind of
         the network.
     objective
-        Options of the backbone's objective.
+        Options of the backbone's objective, see the page of the model.
     objective_from
-        Options that change at a step, such as ``{1000: {cell_prompt: true}}``.
+        Options that change on the way, by the first step they are for, counted from 0, such as
+        ``{1001: {cell_prompt: true}}``. Without ``objective`` and ``objective_from``, a network with fresh weights is
+        trained with the published changes: scGPT is generated from the cell embedding after the first 1,001 steps.
     validation_share
         Share of cells that are never trained on.
     validation_cells
@@ -70,7 +80,7 @@ class Recipe:
     log_every, validate_every, save_every
         Optimiser steps between rows of the loss curve, losses of held-out cells, and saved states of the run.
     precision
-        ``"32-true"``, ``"bf16-mixed"``, ``"16-mixed"`` or what else :class:`lightning.pytorch.Trainer` takes.
+        ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"``; weights are float32 in all of them.
     gradient_checkpointing
         Compute activations again in the backward pass, to save memory.
     min_genes
@@ -90,8 +100,8 @@ class Recipe:
     Raises
     ------
     ValueError
-        If neither or both of ``kind`` and ``checkpoint`` are given, a checkpoint is to get another config, other genes
-        or annotations, or a field of ``optimization`` is unknown.
+        If neither or both of ``kind`` and ``checkpoint`` are given, there is no source, a checkpoint is to get another
+        config, other genes or annotations, a field of ``optimization`` is unknown, or a number makes no sense.
     """
 
     name: str
@@ -130,6 +140,19 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, integer(name, getattr(self, name), least=least))
+        for name in _REALS:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, real(name, getattr(self, name)))
+        sources = (self.sources,) if isinstance(self.sources, (str, Path)) else self.sources
+        object.__setattr__(self, "sources", tuple(str(source) for source in sources))
+        steps = {
+            integer("objective_from", step, least=0): dict(options) for step, options in self.objective_from.items()
+        }
+        object.__setattr__(self, "objective_from", steps)
+        object.__setattr__(self, "precision", choose_precision(self.precision))
         if (self.kind is None) == (self.checkpoint is None):
             msg = "a recipe needs either kind (a new network) or checkpoint (one that is trained further)"
             raise ValueError(msg)
@@ -146,15 +169,30 @@ class Recipe:
             msg = f"validation_share must be at least 0 and less than 1; got {self.validation_share}"
             raise ValueError(msg)
         Optimization.from_dict(self.optimization)
+        if not self.sources:
+            msg = "there is nothing to train on: a recipe needs sources, files with raw counts"
+            raise ValueError(msg)
 
     @classmethod
     def read(cls, path: str | Path) -> Recipe:
-        """Read a YAML file; relative paths are taken from the folder of the file."""
+        """Read a YAML file; relative paths are taken from the folder of the file.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If it is no YAML, or no recipe.
+        """
         path = Path(path)
         if not path.is_file():
             msg = f"there is no recipe at {path}; give a YAML file, see scfm.train.Recipe"
             raise FileNotFoundError(msg)
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            msg = f"{path} is no valid YAML: {error}"
+            raise ValueError(msg) from error
         if not isinstance(values, dict):
             msg = f"{path} holds no mapping of recipe fields"
             raise ValueError(msg)
@@ -162,10 +200,17 @@ class Recipe:
         if unknown := sorted(set(values) - known):
             msg = f"{path}: unknown fields {', '.join(unknown)}; a recipe has {', '.join(sorted(known))}"
             raise ValueError(msg)
-        sources = values.pop("sources", ())
+        if missing := [name for name in ("name", "sources") if values.get(name) is None]:
+            msg = f"{path}: a recipe needs {' and '.join(missing)}"
+            raise ValueError(msg)
+        sources = values.pop("sources")
         sources = [sources] if isinstance(sources, str) else sources
         values |= {name: str(path.parent / values[name]) for name in _PATHS if values.get(name) is not None}
-        return cls(sources=tuple(str(path.parent / source) for source in sources), **values)
+        try:
+            return cls(sources=tuple(str(path.parent / source) for source in sources), **values)
+        except ValueError as error:
+            msg = f"{path}: {error}"
+            raise ValueError(msg) from error
 
     def write(self, path: str | Path) -> None:
         """Write a YAML file that :meth:`read` understands, without fields that have their default."""

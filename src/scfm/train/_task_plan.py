@@ -43,3 +43,12 @@ class TaskPlan(TrainingPlan):
     def compute_loss(self, tokens: TokenBatch, generator: torch.Generator, *, stage: Stage, step: int | None) -> Any:
         """The loss of the task."""
         return self.module.loss(tokens, generator)
+
+    def on_validation_epoch_start(self) -> None:
+        """Let the learner count the held-out cells anew."""
+        self.module.start_validation()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log scores of all held-out cells, of which every process sees all."""
+        scores = {f"validation_{name}": value for name, value in self.module.validation_scores().items()}
+        self.log_dict(scores, on_step=False, on_epoch=True, sync_dist=True)

@@ -18,6 +18,33 @@ if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
 
 
+# how Lightning may be told that a run is to be computed in one of them
+_PRECISIONS = {
+    "32-true": ("32-true", "32", 32, None),
+    "bf16-mixed": ("bf16-mixed", "bf16"),
+    "16-mixed": ("16-mixed", "16", 16),
+}
+
+
+def choose_precision(precision: str | int | None) -> str:
+    """Name of a precision in which training works: weights always are float32.
+
+    Raises
+    ------
+    ValueError
+        If it is another one.
+    """
+    for name, aliases in _PRECISIONS.items():
+        if precision in aliases:
+            return name
+    msg = f"precision must be one of {', '.join(_PRECISIONS)} (weights stay float32 in training); got {precision!r}"
+    raise ValueError(msg)
+
+
+# how strategies start their processes
+_START_METHODS = {"ddp": "popen", "ddp_spawn": "spawn", "ddp_fork": "fork", "ddp_notebook": "fork"}
+
+
 def make_trainer(
     *,
     accelerator: str,
@@ -33,9 +60,9 @@ def make_trainer(
     return Trainer(
         accelerator=accelerator,
         devices=devices,
-        strategy=_strategy(strategy),
+        strategy=choose_strategy(strategy, accelerator=accelerator, devices=devices, num_nodes=num_nodes),
         num_nodes=num_nodes,
-        precision=precision,
+        precision=choose_precision(precision),
         accumulate_grad_batches=accumulate,
         max_epochs=-1,
         logger=False,
@@ -47,12 +74,25 @@ def make_trainer(
     )
 
 
-def _strategy(strategy: str | Strategy) -> str | Strategy:
-    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+def choose_strategy(
+    strategy: str | Strategy, *, accelerator: str, devices: int | str | list[int], num_nodes: int = 1
+) -> str | Strategy:
+    """Lightning's strategy for a name, set up for networks whose losses do not need all parameters.
 
-    if strategy == "ddp":
+    ``"auto"`` is DDP wherever there are several devices.
+    """
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+    from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
+
+    if strategy == "auto":
+        chosen = _AcceleratorConnector(accelerator=accelerator, devices=devices, num_nodes=num_nodes).strategy
+        # strategies for TPUs are classes below this one
+        if type(chosen) is DDPStrategy:
+            # the way in which processes start is another in notebooks
+            return DDPStrategy(find_unused_parameters=True, start_method=chosen._start_method)
+    if isinstance(strategy, str) and strategy in _START_METHODS:
         # objectives leave parameters out, such as those of a decoder that is switched on later
-        return DDPStrategy(find_unused_parameters=True)
+        return DDPStrategy(find_unused_parameters=True, start_method=_START_METHODS[strategy])
     if strategy == "fsdp":
         return ModelParallelStrategy(save_distributed_checkpoint=False)
     return strategy

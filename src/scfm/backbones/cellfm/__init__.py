@@ -12,6 +12,7 @@ from ... import _logging
 from ..._errors import UnsupportedError
 from ...genes import GeneMatch
 from .._base import Backbone, Checkpoint, GeneRows
+from .._keywords import keyword_options
 from .._tokens import TokenBatch
 from . import checkpoint, tokenizer
 from .attention import Rank, attention_map, cls_attention, ranked
@@ -428,6 +429,12 @@ class CellFMBackbone(CellFMTasks, Backbone):
         from .objective import pretraining_loss
 
         return pretraining_loss(self, tokens, generator, **options)
+
+    def objective_options(self) -> set[str] | None:
+        """Names of the options of :meth:`pretraining_loss`."""
+        from .objective import pretraining_loss
+
+        return keyword_options(pretraining_loss)
 
     # -- fine-tuned files --------------------------------------------------------------------------------------------
 

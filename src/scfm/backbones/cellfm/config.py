@@ -123,6 +123,4 @@ def rows_for(n_genes: int) -> int:
 PRESETS: dict[str, CellFMConfig] = {
     "cellfm-80m": CellFMConfig(),
     "cellfm-800m": CellFMConfig(n_genes=24078, n_layers=40, has_depth_tokens=False),
-    # small enough to travel with the package: the gene table in float16 takes 1.3 MB
-    "cellfm-mini": CellFMConfig(n_genes=19200, dim=32, n_heads=4, n_bins=32, has_depth_tokens=False),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -388,10 +388,19 @@ def pretraining_loss(
     UnsupportedError
         If the file of the model has no decoders.
     ValueError
-        If the tokens were not made of counts.
+        If the tokens were not made of counts, ``zeros_over`` is unknown, or the model cannot sample zeros.
     """
     for decoder in ("gene", "cell"):
         backbone.need_decoder(decoder)
+    if zeros_over not in get_args(Sums):
+        msg = f"zeros_over must be one of {', '.join(map(repr, get_args(Sums)))}; got {zeros_over!r}"
+        raise ValueError(msg)
+    if zero_length is not None and not backbone.config.has_zero_embedding:
+        msg = (
+            f"{backbone.name} has no embedding of genes without expression, so that none can be sampled; leave "
+            "zero_length out, or rebuild it with has_zero_embedding=True (scfm.backbones.rebuilt)"
+        )
+        raise ValueError(msg)
     tokens = tokens.to("cpu")
     if tokens.valid is not None and not bool(tokens.valid.all()):
         tokens = tokens.select(torch.nonzero(tokens.valid).squeeze(1))

@@ -13,6 +13,7 @@ from ..._depth import DepthTarget
 from ...genes import GeneMatch
 from .._base import Backbone, Checkpoint, GeneRows
 from .._fine_tuning import FineTuning, ZeroShot
+from .._keywords import keyword_options
 from .._tokens import TokenBatch
 from . import checkpoint, tokenizer
 from .attention import attention_map
@@ -63,6 +64,7 @@ class SCFoundationBackbone(Backbone):
     layer_stacks: ClassVar[tuple[str, ...]] = ("encoder.layers", "decoder.layers")
     class_heads: ClassVar[tuple[str, ...]] = ("max-pool", "max-pool-padded")
     head_modules: ClassVar[tuple[str, ...]] = ("classifier",)
+    task_weights: ClassVar[Mapping[str, str]] = {"annotation": "gene", "expression": "gene", "integration": "rde"}
     # the only map in which each gene of each cell has a place
     network_attention: ClassVar[Mapping[str, Any]] = {"kind": "decoder"}
     module: SCFoundation
@@ -111,7 +113,7 @@ class SCFoundationBackbone(Backbone):
     # -- fine-tuning -------------------------------------------------------------------------------------------------
 
     def fine_tuning(self, task: str) -> FineTuning:
-        """How the authors fine-tune: the second-last layer of the encoder and the head."""
+        """How the authors fine-tune: the second-last layer of the encoder and the head; the epoch with the best F1 counts."""
         if task == "gears":
             return FineTuning(
                 optimization={"learning_rate": 1e-2},
@@ -130,6 +132,7 @@ class SCFoundationBackbone(Backbone):
             accumulate=5,
             train_only=(rf"encoder\.layers\.{layer}\.", r"classifier\."),
             class_weights="capped",
+            monitor="macro F1",
         )
 
     def normalized_input(self, totals: np.ndarray | None = None) -> dict[str, Any]:
@@ -140,9 +143,9 @@ class SCFoundationBackbone(Backbone):
 
     @classmethod
     def zero_shot(cls, task: str) -> ZeroShot:
-        """For integration the weights of read-depth enhancement, asked for a depth that few cells have."""
+        """For integration the wanted depth is one that few cells have."""
         if task == "integration":
-            return ZeroShot(pooling="all", tokenize={"target": "t4.5"}, weights="rde")
+            return ZeroShot(pooling="all", tokenize={"target": "t4.5"})
         return super().zero_shot(task)
 
     def config_with_classes(self, n_classes: int, head: str) -> SCFoundationConfig:
@@ -418,6 +421,12 @@ class SCFoundationBackbone(Backbone):
         from .objective import read_depth_aware_loss
 
         return read_depth_aware_loss(self, tokens, generator, **options)
+
+    def objective_options(self) -> set[str] | None:
+        """Names of the options of :meth:`pretraining_loss`."""
+        from .objective import read_depth_aware_loss
+
+        return keyword_options(read_depth_aware_loss)
 
     # -- parts -------------------------------------------------------------------------------------------------------
 

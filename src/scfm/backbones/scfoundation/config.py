@@ -181,17 +181,4 @@ def _merge(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**models[name], **values.get("dataset_config", {}).get("rnaseq", {})}
 
 
-PRESETS: dict[str, SCFoundationConfig] = {
-    "scfoundation": SCFoundationConfig(),
-    # small enough to travel with the package: the gene table in float16 takes 1.2 MB
-    "scfoundation-mini": SCFoundationConfig(
-        encoder_dim=32,
-        encoder_depth=4,
-        encoder_heads=4,
-        decoder_dim=32,
-        decoder_depth=2,
-        decoder_heads=4,
-        decoder_dim_head=8,
-        n_bins=32,
-    ),
-}
+PRESETS: dict[str, SCFoundationConfig] = {"scfoundation": SCFoundationConfig()}

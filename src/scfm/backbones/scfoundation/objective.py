@@ -229,6 +229,7 @@ def masked_loss(backbone: SCFoundationBackbone, batch: Corrupted, *, key_max: Ke
     mask, target = batch.mask.to(backbone.device), batch.target.to(backbone.device)
     states = torch.cat(list(module.decode(tokens, module.encode(tokens), key_max=key_max)))
     predicted = module.predict(states[:, : backbone.config.n_genes][mask])
+    predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
     errors = (predicted - target[mask].to(predicted.dtype)) ** 2
     n_masked = errors.numel()
     return SCFoundationLoss(errors.sum() / max(1, n_masked), n_masked)
@@ -239,8 +240,10 @@ def read_depth_aware_loss(
     tokens: TokenBatch,
     generator: torch.Generator | None = None,
     *,
-    down_sampling: DownSampling | Mapping[str, float] | None = None,
+    down_sampling: DownSampling | Mapping[str, float] | bool | None = None,
     mask_only: bool = False,
+    value_mask_prob: float | None = None,
+    zero_mask_prob: float | None = None,
     draws: Draws | None = None,
     key_max: KeyMax = "cell",
     redraw_every: int | None = None,
@@ -259,9 +262,11 @@ def read_depth_aware_loss(
     generator
         Source of randomness, on the CPU.
     down_sampling
-        Constants of the down-sampling, also as a mapping.
+        Constants of the down-sampling, also as a mapping; ``False`` for none.
     mask_only
         Show the mask value at all masked genes, instead of a random or the true value at some.
+    value_mask_prob, zero_mask_prob
+        Probabilities that an expressed and another gene is masked; those of the config by default.
     draws
         The random part, to use instead of drawing it.
     key_max
@@ -281,8 +286,12 @@ def read_depth_aware_loss(
     raw = raw_counts(tokens, backbone.config)
     if isinstance(down_sampling, Mapping):
         down_sampling = DownSampling(**down_sampling)
+    elif isinstance(down_sampling, bool):
+        down_sampling = DownSampling() if down_sampling else DownSampling(probability=0.0)
     if draws is None:
-        draws = draw(raw, backbone.config, generator, down_sampling=down_sampling, mask_only=mask_only)
+        given = {"value_mask_prob": value_mask_prob, "zero_mask_prob": zero_mask_prob}
+        config = replace(backbone.config, **{name: value for name, value in given.items() if value is not None})
+        draws = draw(raw, config, generator, down_sampling=down_sampling, mask_only=mask_only)
     if redraw_every is not None:
         backbone.module.count_call(redraw_every, generator)
     return masked_loss(backbone, corrupt(raw, draws, backbone.config), key_max=key_max)

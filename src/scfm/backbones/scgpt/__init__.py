@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from ..._errors import UnsupportedError
 from ...genes import GeneMatch
 from .._base import Backbone, Checkpoint, GeneRows
+from .._keywords import keyword_options
 from .._tokens import TokenBatch
 from . import checkpoint, generation, modality, tokenizer
 from .attention import SCGPTAttention
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 # cells whose genes are decoded from their embedding at once
 _CELLS_PER_STEP = 8
+# upstream asks for an iteration above 1000, counted from 0
+_CELL_PROMPT_FROM = 1001
 
 __all__ = ["PRESETS", "SCGPT", "MVCDecoder", "SCGPTBackbone", "SCGPTConfig", "SCGPTOutput", "TokenDraws"]
 
@@ -563,9 +566,27 @@ class SCGPTBackbone(SCGPTTasks, SCGPTAttention, Backbone):
         return self.module.decoder(self.module.with_context(hidden, self._context(tokens))).values
 
     def _pretraining_loss(self, tokens: TokenBatch, generator: torch.Generator | None, **options: Any) -> Any:
-        from .objective import generative_loss
+        from .objective import pretraining_loss
 
-        return generative_loss(self, tokens, generator, **options)
+        return pretraining_loss(self, tokens, generator, **options)
+
+    @property
+    def objective_schedule(self) -> dict[int, dict[str, Any]]:
+        """Genes are generated from the cell embedding, too, when it has learnt something."""
+        if not self.config.query_flag:
+            return {}
+        return {0: {"cell_prompt": False}, _CELL_PROMPT_FROM: {"cell_prompt": True}}
+
+    @property
+    def needs_batch_labels(self) -> bool:
+        """Whether decoders or normalisations are made for the batch of a cell."""
+        return self.config.use_batch_labels or self.config.input_norm.startswith("dsbn")
+
+    def objective_options(self) -> set[str] | None:
+        """Names of the options of :meth:`pretraining_loss`."""
+        from .objective import pretraining_loss
+
+        return keyword_options(pretraining_loss)
 
 
 def _domain(tokens: TokenBatch) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 ValueStyle = Literal["continuous", "category", "scaling"]
 MVCStyle = Literal["inner product", "inner product, detach", "concat query", "sum query"]
 NormStyle = Literal["none", "batchnorm", "dsbn", "dsbn-affine"]
+NORM_STYLES: tuple[NormStyle, ...] = get_args(NormStyle)
 
 # in the order in which scGPT appends them to a vocabulary
 SPECIALS = ("<pad>", "<cls>", "<eoc>")
@@ -160,10 +161,7 @@ class SCGPTConfig:
         return self.n_value_bins if self.value_style == "category" else MAX_VALUE
 
 
-PRESETS: dict[str, SCGPTConfig] = {
-    "scgpt": SCGPTConfig(),
-    "scgpt-mini": SCGPTConfig(dim=64, n_heads=4, ffn_dim=64, n_layers=4, dropout=0.1, max_length=600),
-}
+PRESETS: dict[str, SCGPTConfig] = {"scgpt": SCGPTConfig()}
 
 
 def infer_config(state: Mapping[str, Tensor], args: Mapping[str, Any]) -> SCGPTConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +11,17 @@ import torch.nn.functional as F
 from .generation import two_streams
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from .._tokens import TokenBatch
     from . import SCGPTBackbone
 
 RATIOS = (0.25, 0.5, 0.75)
+MASKED_RATIO = 0.4
+
+Task = Literal["both", "masked"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,11 @@ def _mean(errors: Tensor, chosen: Tensor) -> Tensor:
 
 
 def masked_square_error(predicted: Tensor, target: Tensor, chosen: Tensor) -> Tensor:
-    """Mean squared error over the positions where ``chosen`` is True; all of shape ``(cells, length)``."""
+    """Mean squared error over the positions where ``chosen`` is True; all of shape ``(cells, length)``.
+
+    It is computed in float32 at least, whatever precision the network has.
+    """
+    predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
     return _mean((predicted - target.to(predicted.dtype)) ** 2, chosen)
 
 
@@ -71,9 +80,9 @@ def contrastive_loss(first: Tensor, second: Tensor, temperature: float = 0.5) ->
     return F.cross_entropy(similarity, torch.arange(len(first), device=first.device))
 
 
-def draw_ratio(generator: torch.Generator | None) -> float:
-    """One share of genes to generate for a whole mini-batch."""
-    return RATIOS[int(torch.randint(len(RATIOS), (1,), generator=generator))]
+def draw_ratio(generator: torch.Generator | None, ratios: Sequence[float] = RATIOS) -> float:
+    """One of several shares of genes to generate, all equally likely, for a whole mini-batch."""
+    return float(ratios[int(torch.randint(len(ratios), (1,), generator=generator))])
 
 
 def split_prompt(
@@ -123,6 +132,19 @@ def split_prompt(
     return replace(_subset(tokens, order, cell, is_known), queries=queries)
 
 
+def subsampled(tokens: TokenBatch, generator: torch.Generator | None = None, *, max_length: int) -> TokenBatch:
+    """Cells with at most ``max_length`` tokens: ``<cls>`` and genes that are chosen at random where there are more."""
+    if tokens.max_length <= max_length:
+        return tokens
+    keys = torch.rand(len(tokens.flat_ids), generator=generator, dtype=torch.float64)
+    keys[tokens.offsets[:-1]] = -torch.inf
+    cell = torch.repeat_interleave(torch.arange(len(tokens)), tokens.lengths)
+    order = torch.argsort(keys, stable=True)
+    order = order[torch.argsort(cell[order], stable=True)]
+    rank = torch.arange(len(order)) - torch.repeat_interleave(tokens.offsets[:-1], tokens.lengths)
+    return _subset(tokens, order, cell, rank < max_length)
+
+
 def _subset(tokens: TokenBatch, order: Tensor, cell: Tensor, keep: Tensor) -> TokenBatch:
     offsets = torch.zeros_like(tokens.offsets)
     torch.cumsum(torch.bincount(cell[keep], minlength=len(tokens)), 0, out=offsets[1:])
@@ -141,7 +163,7 @@ def generative_loss(
     tokens: TokenBatch,
     generator: torch.Generator | None = None,
     *,
-    ratio: float | None = None,
+    ratio: float | Sequence[float] | None = None,
     max_length: int | None = None,
     cell_prompt: bool = True,
 ) -> SCGPTLoss:
@@ -157,14 +179,21 @@ def generative_loss(
     generator
         Source of the division.
     ratio
-        Share of genes to generate; drawn from 0.25, 0.5 and 0.75 if not given.
+        Share of genes to generate, or shares of which one is drawn for a mini-batch; by default 0.25, 0.5 and 0.75.
     max_length
         Tokens per cell over both parts.
     cell_prompt
         Whether to run the second pass; upstream starts it after 1000 steps.
+
+    Raises
+    ------
+    ValueError
+        If a share does not lie between 0 and 1.
     """
     if tokens.queries is None:
-        ratio = draw_ratio(generator) if ratio is None else ratio
+        if ratio is None or not isinstance(ratio, (int, float)):
+            ratio = draw_ratio(generator, RATIOS if ratio is None else ratio)
+        _check_share(ratio)
         cpu = tokens.to("cpu")
         tokens = split_prompt(cpu, ratio, generator, max_length=max_length or backbone.config.max_length)
     tokens = tokens.to(backbone.device)
@@ -193,10 +222,13 @@ def masked_loss(
     tokens: TokenBatch,
     generator: torch.Generator | None = None,
     *,
-    ratio: float = 0.4,
+    ratio: float = MASKED_RATIO,
+    max_length: int | None = None,
     mask: Tensor | None = None,
 ) -> SCGPTLoss:
     """Masked-value loss: values of random genes are hidden and predicted from all tokens.
+
+    This is upstream's ``training_tasks="pcpt"``.
 
     Parameters
     ----------
@@ -208,10 +240,20 @@ def masked_loss(
         Source of the mask.
     ratio
         Probability that a gene is masked; ``<cls>`` never is.
+    max_length
+        Tokens per cell; genes of longer cells are chosen at random. All are used by default.
     mask
         True at tokens to mask, one entry for each token of the ragged batch, instead of a random mask.
+
+    Raises
+    ------
+    ValueError
+        If the probability does not lie between 0 and 1.
     """
+    _check_share(ratio)
     if mask is None:
+        if max_length is not None:
+            tokens = subsampled(tokens.to("cpu"), generator, max_length=max_length)
         mask = torch.rand(len(tokens.flat_ids), generator=generator) < ratio
         mask[tokens.offsets[:-1].cpu()] = False
     tokens = tokens.to(backbone.device)
@@ -225,3 +267,62 @@ def masked_loss(
     return SCGPTLoss(
         masked_square_error(out.expression.values, tokens.values, chosen), from_cell, out.cells.new_zeros(())
     )
+
+
+def pretraining_loss(
+    backbone: SCGPTBackbone,
+    tokens: TokenBatch,
+    generator: torch.Generator | None = None,
+    *,
+    task: Task | None = None,
+    ratio: float | Sequence[float] | None = None,
+    max_length: int | None = None,
+    cell_prompt: bool | None = None,
+) -> SCGPTLoss:
+    """Loss of one of the pre-training tasks of scGPT on one mini-batch.
+
+    Parameters
+    ----------
+    backbone
+        The model.
+    tokens
+        Cells as :meth:`SCGPTBackbone.tokenize_for_training` makes them.
+    generator
+        Source of randomness, on the CPU.
+    task
+        ``"both"`` generates genes from a gene prompt and a cell prompt (:func:`generative_loss`), ``"masked"`` predicts
+        hidden values from all genes (:func:`masked_loss`, ``training_tasks="pcpt"`` of upstream). By default
+        ``"both"``, but ``"masked"`` for networks without a flag of queries, which cannot generate.
+    ratio
+        Share of genes to generate, or shares of which one is drawn (0.25, 0.5 and 0.75 by default); for ``"masked"``
+        the probability that a gene is masked (0.4 by default).
+    max_length
+        Tokens per cell; genes of longer cells are chosen at random. That of the config by default.
+    cell_prompt
+        Whether genes are generated from the cell embedding, too; by default they are. For ``"both"`` only.
+
+    Raises
+    ------
+    ValueError
+        If the task is unknown or has no such option, or a share does not lie between 0 and 1.
+    """
+    if task is None:
+        task = "both" if backbone.config.query_flag or tokens.queries is not None else "masked"
+    max_length = backbone.config.max_length if max_length is None else max_length
+    if task == "both":
+        prompt = cell_prompt is None or cell_prompt
+        return generative_loss(backbone, tokens, generator, ratio=ratio, max_length=max_length, cell_prompt=prompt)
+    if task != "masked":
+        msg = f"task must be one of {', '.join(map(repr, get_args(Task)))}; got {task!r}"
+        raise ValueError(msg)
+    if cell_prompt or not isinstance(ratio, (int, float, type(None))):
+        msg = "cell_prompt and several ratios belong to task='both'; task='masked' has one ratio"
+        raise ValueError(msg)
+    ratio = MASKED_RATIO if ratio is None else ratio
+    return masked_loss(backbone, tokens, generator, ratio=ratio, max_length=max_length)
+
+
+def _check_share(ratio: float) -> None:
+    if not 0 <= ratio <= 1:
+        msg = f"ratio must lie between 0 and 1; got {ratio}"
+        raise ValueError(msg)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .._fine_tuning import FineTuning
 from .._tasks import TaskMethods
 from . import modality, perturbation
+from .config import NORM_STYLES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -17,10 +18,14 @@ if TYPE_CHECKING:
 
     from .._tokens import TokenBatch
     from . import SCGPTBackbone
-    from .config import SCGPTConfig
+    from .config import NormStyle, SCGPTConfig
 
 # the rate falls after every epoch
 _DECAY = {"schedule": "steps", "unit": "epoch", "step_size": 1, "gamma": 0.9}
+# squares of small gradients vanish in half precision
+_MIXED = {"eps": 1e-4}
+# of a cell with 3,000 genes and <cls>
+_MAX_LENGTH = 3001
 # layers of the network for several modalities, and the tensors of a pre-trained one that it starts from
 _MULTIOMIC_LAYERS, _MULTIOMIC_KEPT = 4, (r"genes\.embedding\.weight", r"genes\.norm\.weight")
 
@@ -29,11 +34,16 @@ class SCGPTTasks(TaskMethods):
     """The part of the backbone that tasks ask for."""
 
     def fine_tuning(self, task: str) -> FineTuning:
-        """How the authors fine-tune."""
+        """How the authors fine-tune.
+
+        Annotation sees up to 3,000 genes of a cell, more than the pre-training: 2.5 times the memory of 1,200 genes, or six
+        times where the attention keeps its matrix.
+        """
         if task == "annotation":
             return FineTuning(
-                tokenize={"cls_value": 0.0},
+                tokenize={"cls_value": 0.0, "max_length": _MAX_LENGTH},
                 optimization={"optimizer": "adam", "learning_rate": 1e-4} | _DECAY,
+                mixed_optimization=_MIXED,
                 batch_size=32,
                 max_epochs=10,
             )
@@ -42,6 +52,7 @@ class SCGPTTasks(TaskMethods):
                 # all the chosen genes, zeros included
                 tokenize={"cls_value": 0.0, "include_zeros": True, "max_length": len(self.vocab) + 1},
                 optimization={"optimizer": "adam", "learning_rate": 1e-4} | _DECAY,
+                mixed_optimization=_MIXED,
                 batch_size=64,
                 max_epochs=15,
                 monitor="gep",
@@ -53,6 +64,7 @@ class SCGPTTasks(TaskMethods):
             return FineTuning(
                 tokenize={"cls_value": 0.0, "include_zeros": not has_proteins, "max_length": 4001},
                 optimization={"optimizer": "adam", "learning_rate": 1e-3} | _DECAY | {"gamma": 0.95},
+                mixed_optimization=_MIXED,
                 batch_size=16,
                 max_epochs=25,
                 monitor="gep",
@@ -133,17 +145,47 @@ class SCGPTTasks(TaskMethods):
         """The config with a classifier on the state of ``<cls>``."""
         return replace(self.config, n_classes=n_classes)
 
-    def integration_config(self, n_batches: int) -> SCGPTConfig:
-        """The config with batch labels, a normalisation for each batch, explicit zeros and the batch classifier."""
+    def integration_config(
+        self,
+        n_batches: int,
+        *,
+        ecs_threshold: float = 0.8,
+        input_norm: NormStyle = "dsbn",
+        explicit_zeros: bool = True,
+    ) -> SCGPTConfig:
+        """The config with batch labels, a normalisation for each batch, explicit zeros and the batch classifier.
+
+        Parameters
+        ----------
+        n_batches
+            Number of batches.
+        ecs_threshold
+            Similarity that cells with a higher one are drawn beyond: 0.8 in the authors' code, 0.6 in the paper.
+        input_norm
+            Normalisation of the embedded tokens: ``"dsbn"`` for each batch, ``"batchnorm"`` for all, or ``"none"``.
+        explicit_zeros
+            Whether being zero is predicted apart from the value.
+
+        Raises
+        ------
+        ValueError
+            If there is no such normalisation, or the threshold is no similarity.
+        """
+        if input_norm not in NORM_STYLES:
+            msg = f"input_norm must be one of {', '.join(map(repr, NORM_STYLES))}; got {input_norm!r}"
+            raise ValueError(msg)
+        if not -1 <= ecs_threshold <= 1:
+            msg = f"ecs_threshold is a similarity between -1 and 1; got {ecs_threshold!r}"
+            raise ValueError(msg)
         return replace(
             self.config,
             n_batches=n_batches,
             use_batch_labels=True,
-            input_norm="dsbn",
-            explicit_zeros=True,
+            input_norm=input_norm,
+            explicit_zeros=explicit_zeros,
             discriminator=True,
             mvc=self.config.mvc if (self.config.mvc or "").startswith("inner product") else "inner product",
-            ecs_threshold=0.8,
+            ecs_threshold=ecs_threshold,
         )
 
     def _integration_loss(self, tokens: TokenBatch, generator: torch.Generator | None, **options: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 from ...genes import GeneMatch
 from .._base import Backbone, Checkpoint, GeneRows
 from .._fine_tuning import FineTuning, ZeroShot
+from .._keywords import keyword_options
 from . import checkpoint, tokenizer
 from .annotations import read_annotations
 from .attention import attention_map
@@ -444,6 +445,12 @@ class SCLongBackbone(Backbone):
         from .objective import masked_value_loss
 
         return masked_value_loss(self, tokens, generator, **options)
+
+    def objective_options(self) -> set[str] | None:
+        """Names of the options of :meth:`pretraining_loss`."""
+        from .objective import masked_value_loss
+
+        return keyword_options(masked_value_loss)
 
     # -- parts -------------------------------------------------------------------------------------------------------
 

@@ -103,7 +103,12 @@ class GOConvolution(FixedPrecision):
         self.register_buffer("edge_weight", torch.zeros(n_edges))
 
     def forward(self) -> Tensor:
-        """Convolved gene vectors, ``(n_positions, dim)``."""
+        """Convolved gene vectors, ``(n_positions, dim)``, never in a type smaller than that of the weights."""
+        # sparse products have no gradients in the types of mixed precision
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return self._convolved()
+
+    def _convolved(self) -> Tensor:
         # torch-geometric takes seconds to import
         from torch_geometric.nn.conv.gcn_conv import gcn_norm
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .layers import wide
+
 if TYPE_CHECKING:
     from ...nn.linear_attention import KeyMax
     from .._tokens import TokenBatch
@@ -73,6 +75,8 @@ def masked_value_loss(
     generator: torch.Generator | None = None,
     *,
     draws: Draws | None = None,
+    target_share: float | None = None,
+    replace_prob: float | None = None,
     key_max: KeyMax = "cell",
     tie_break: TieBreak = "index",
     redraw_every: int | None = None,
@@ -92,6 +96,9 @@ def masked_value_loss(
         Source of randomness, on the CPU.
     draws
         The random part, to use instead of drawing it.
+    target_share, replace_prob
+        Share of the expressed genes to predict, and probability that one of them is masked; those of the config by
+        default. The paper masks all of them, which is ``replace_prob=1``.
     key_max
         ``"batch"`` lets the cells of a mini-batch influence each other through the maximum of the linear attention, as
         in upstream's network.
@@ -114,7 +121,9 @@ def masked_value_loss(
         msg = "pre-training masks values itself; the tokens hold negative values"
         raise ValueError(msg)
     if draws is None:
-        draws = draw(tokens, config, generator)
+        given = {"target_share": target_share, "replace_prob": replace_prob}
+        shares = replace(config, **{name: value for name, value in given.items() if value is not None})
+        draws = draw(tokens, shares, generator)
     if redraw_every is None and module.training:
         redraw_every = config.redraw_every
     if redraw_every is not None:
@@ -123,5 +132,6 @@ def masked_value_loss(
     shown = replace(tokens, flat_values=tokens.flat_values.masked_fill(draws.replaced, config.mask_value))
     states = module(shown.to(device), key_max=key_max, tie_break=tie_break)
     predicted = module.predict(states[tokens.flat_cells[targets].to(device), tokens.flat_ids[targets].to(device)])
+    predicted = predicted.to(wide(predicted.dtype))
     errors = (predicted - tokens.flat_values[targets].to(predicted)) ** 2
     return SCLongLoss(errors.sum() / max(1, errors.numel()), errors.numel())
